@@ -1,0 +1,238 @@
+"""Histology images, read lazily and at a stated resolution."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from xarray import DataArray
+
+__all__ = ["Histology", "resample_matrix", "spatial_groups"]
+
+_FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}
+
+
+def resample_matrix(start: np.ndarray, length: float, n_out: int, n_in: int) -> np.ndarray:
+    """Rows of weights that read ``n_out`` pixels from ``n_in``, averaging when they are coarser.
+
+    The kernel is a triangle as wide as two output pixels (or two input pixels when the output is finer), the filter of
+    an antialiased bilinear resize. It is symmetric, so that reading a mirrored image gives the mirrored result.
+
+    Parameters
+    ----------
+    start
+        Where the window begins, in input pixels, one entry per window; pixel 0 covers [0, 1).
+    length
+        Length of the window in input pixels.
+    n_out
+        Number of output pixels in the window.
+    n_in
+        Number of input pixels; contributions from beyond them are left out and the rest is renormalised.
+
+    Returns
+    -------
+    Float32 array of shape ``(len(start), n_out, n_in)`` whose rows sum to one.
+    """
+    step = length / n_out
+    center = np.asarray(start, dtype=np.float64)[:, None] + (np.arange(n_out) + 0.5) * step
+    distance = np.abs(center[:, :, None] - (np.arange(n_in) + 0.5)) / max(step, 1.0)
+    weight = np.maximum(1.0 - distance, 0.0)
+    return (weight / np.maximum(weight.sum(-1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def spatial_groups(xy: np.ndarray, side: float) -> Iterator[np.ndarray]:
+    """Row numbers of ``xy`` (n, 2), one square of ``side`` after the other, in serpentine order."""
+    cell = np.floor(xy / side).astype(np.int64)
+    column = np.where(cell[:, 1] % 2 == 0, cell[:, 0], -cell[:, 0])
+    order = np.lexsort((xy[:, 1], xy[:, 0], column, cell[:, 1]))
+    change = np.any(np.diff(cell[order], axis=0) != 0, axis=1)
+    yield from np.split(order, np.flatnonzero(change) + 1)
+
+
+class Histology:
+    """A lazily read image.
+
+    Nothing is loaded until :meth:`read`, :meth:`patches` or :meth:`thumbnail` asks for it, and then only the windows
+    that are needed, from the coarsest level that is at least as fine as the resolution asked for.
+
+    Coordinates are pixels of the finest level: x is the column, y the row, and pixel (0, 0) covers [0, 1) x [0, 1).
+
+    Parameters
+    ----------
+    levels
+        Images ``(c, y, x)``, finest first; dask-backed arrays stay lazy. An alpha channel is dropped.
+    mpp
+        µm per pixel of the finest level.
+    """
+
+    def __init__(self, levels: Sequence[DataArray], *, mpp: float) -> None:
+        if not levels:
+            raise ValueError("The image has no level to read.")
+        if not (np.isfinite(mpp) and mpp > 0):
+            raise ValueError(f"µm per pixel must be a positive number, found {mpp!r}; pass mpp=<µm per pixel>.")
+        levels = [_to_cyx(level) for level in levels]
+        self.mpp = float(mpp)
+        self.levels = levels
+        finest = levels[0]
+        self.height, self.width = int(finest.sizes["y"]), int(finest.sizes["x"])
+        if min(self.height, self.width) == 0:
+            raise ValueError(f"The image is empty: its shape (c, y, x) is {finest.shape}.")
+        self._ratio = [(self.height / level.sizes["y"], self.width / level.sizes["x"]) for level in levels]
+        self.scales = [float(np.sqrt(ry * rx)) for ry, rx in self._ratio]
+        self._full_scale = self._find_full_scale()
+        keep = self._channels_without_alpha()
+        if keep is not None:
+            self.levels = [level.isel(c=keep) for level in levels]
+        self.channels = [str(name) for name in self.levels[0].coords["c"].values]
+
+    @property
+    def n_channels(self) -> int:
+        """Number of channels, alpha not counted."""
+        return len(self.channels)
+
+    def __repr__(self) -> str:
+        size = f"{self.width} x {self.height} px at {self.mpp:.4g} µm"
+        return f"Histology({size}, {self.n_channels} channels, {len(self.levels)} levels)"
+
+    def read(self, x0: float, y0: float, width: float, height: float, *, mpp: float | None = None) -> np.ndarray:
+        """Read a window at a stated resolution.
+
+        Parameters
+        ----------
+        x0, y0
+            Left and upper edge in pixels of the finest level.
+        width, height
+            Size in pixels of the finest level.
+        mpp
+            µm per pixel of the result; default that of the finest level.
+
+        Returns
+        -------
+        Float32 array ``(c, h, w)``, in [0, 1] for integer images. Outside the image, its edge is repeated.
+        """
+        mpp = self.mpp if mpp is None else mpp
+        n_y, n_x = (max(1, round(length * self.mpp / mpp)) for length in (height, width))
+        return next(self._windows(np.array([[x0 + width / 2, y0 + height / 2]]), width, height, n_x, n_y))[0]
+
+    def patches(
+        self, xy_px: np.ndarray, *, size_um: float, out_px: int, batch_size: int = 64
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Read square patches centred on locations.
+
+        The locations are visited square by square, so that each chunk of a lazy image is read about once.
+
+        Parameters
+        ----------
+        xy_px
+            Centres ``(n, 2)`` as x, y in pixels of the finest level.
+        size_um
+            Side of a patch in µm.
+        out_px
+            Side of a patch in pixels; ``size_um / out_px`` is the µm per pixel that is read.
+        batch_size
+            Largest number of patches per step.
+
+        Yields
+        ------
+        ``(rows, patches)``: which locations, and float32 ``(len(rows), c, out_px, out_px)``.
+        """
+        xy_px = np.asarray(xy_px, dtype=np.float64)
+        side = size_um / self.mpp
+        for group in spatial_groups(xy_px, max(side, 2048 * self.scales[self._level(size_um / out_px)])):
+            batches = [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+            yield from zip(batches, self._windows(xy_px[group], side, side, out_px, out_px, batch_size), strict=True)
+
+    def thumbnail(self, *, mpp: float) -> np.ndarray:
+        """Read the whole image ``(c, h, w)`` at ``mpp`` µm per pixel, block by block."""
+        n_y, n_x = (max(1, round(n * self.mpp / mpp)) for n in (self.height, self.width))
+        out = np.empty((self.n_channels, n_y, n_x), dtype=np.float32)
+        step_y, step_x = self.height / n_y, self.width / n_x
+        block = max(1, int(2048 * self.scales[self._level(mpp)] / max(step_x, step_y)))
+        for y in range(0, n_y, block):
+            for x in range(0, n_x, block):
+                h, w = min(block, n_y - y), min(block, n_x - x)
+                center = np.array([[(x + w / 2) * step_x, (y + h / 2) * step_y]])
+                out[:, y : y + h, x : x + w] = next(self._windows(center, w * step_x, h * step_y, w, h))[0]
+        return out
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+    def _level(self, mpp: float) -> int:
+        """Coarsest level that is at least as fine as ``mpp``, the finest if none is."""
+        fine_enough = [i for i, scale in enumerate(self.scales) if scale * self.mpp <= mpp * 1.01]
+        return max(fine_enough, key=lambda i: self.scales[i], default=0)
+
+    def _windows(
+        self, centers: np.ndarray, width: float, height: float, n_x: int, n_y: int, batch_size: int = 64
+    ) -> Iterator[np.ndarray]:
+        """Windows of one size in batches (n, c, n_y, n_x), resampled at their exact, fractional position.
+
+        The region that holds all of them is read once.
+        """
+        index = self._level(min(width / n_x, height / n_y) * self.mpp)
+        ratio_y, ratio_x = self._ratio[index]
+        width, height = width / ratio_x, height / ratio_y
+        left = centers[:, 0] / ratio_x - width / 2
+        top = centers[:, 1] / ratio_y - height / 2
+        margin_x, margin_y = (max(1, int(np.ceil(w / n))) for w, n in ((width, n_x), (height, n_y)))
+        x0, y0 = np.floor(left).astype(int) - margin_x, np.floor(top).astype(int) - margin_y
+        w, h = int(np.ceil(width)) + 2 * margin_x + 1, int(np.ceil(height)) + 2 * margin_y + 1
+        region = self._region(index, x0.min(), y0.min(), x0.max() + w, y0.max() + h)
+        across = resample_matrix(left - x0, width, n_x, w)
+        down = resample_matrix(top - y0, height, n_y, h)
+        x0, y0 = x0 - x0.min(), y0 - y0.min()
+        for start in range(0, len(centers), batch_size):
+            rows = range(start, min(start + batch_size, len(centers)))
+            out = np.empty((len(rows), region.shape[0], n_y, n_x), dtype=np.float32)
+            for k, i in enumerate(rows):
+                piece = region[:, y0[i] : y0[i] + h, x0[i] : x0[i] + w].astype(np.float32)
+                out[k] = down[i] @ piece @ across[i].T
+            yield out / self._full_scale
+
+    def _region(self, index: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+        """A window of one level, its edge repeated outside the image."""
+        level = self.levels[index]
+        n_y, n_x = level.sizes["y"], level.sizes["x"]
+        ys, xs = np.clip([y0, y1], 0, n_y), np.clip([x0, x1], 0, n_x)
+        # a window that lies wholly outside still needs one pixel to repeat
+        ys = (min(ys[0], n_y - 1), max(ys[1], 1))
+        xs = (min(xs[0], n_x - 1), max(xs[1], 1))
+        window = np.asarray(level[:, ys[0] : ys[1], xs[0] : xs[1]].data)
+        rows = np.clip(np.arange(y0, y1), ys[0], ys[1] - 1) - ys[0]
+        columns = np.clip(np.arange(x0, x1), xs[0], xs[1] - 1) - xs[0]
+        if len(rows) == window.shape[1] and len(columns) == window.shape[2]:
+            return window
+        return window[:, rows][:, :, columns]
+
+    # -- what the values mean -----------------------------------------------------------------------------------------
+    def _find_full_scale(self) -> float:
+        """The value that stands for 1: that of the integer type; of floats, 255 if they look like 8-bit values."""
+        dtype = self.levels[0].dtype
+        if dtype.name in _FULL_SCALE:
+            return _FULL_SCALE[dtype.name]
+        if not (np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.floating)):
+            raise TypeError(f"The image holds {dtype} values; it must hold integers or floats.")
+        top = float(np.nanmax(np.asarray(self.levels[-1].data)))
+        if np.issubdtype(dtype, np.floating):
+            return 255.0 if 2.0 < top <= 255.0 else 1.0
+        return next((full for full in (255.0, 65535.0) if top <= full), float(np.iinfo(dtype).max))
+
+    def _channels_without_alpha(self) -> list[int] | None:
+        names = [str(name).lower() for name in self.levels[0].coords["c"].values]
+        if names[-1] in ("a", "alpha") and len(names) in (2, 4):
+            return list(range(len(names) - 1))
+        if len(names) == 4 and all(re.fullmatch(r"\d+", name) for name in names):
+            last = np.asarray(self.levels[-1].isel(c=3).data)
+            opaque = last == self._full_scale
+            if opaque.mean() > 0.5 and np.all(opaque | (last == 0)):
+                return [0, 1, 2]
+        return None
+
+
+def _to_cyx(level: DataArray) -> DataArray:
+    if set(level.dims) != {"c", "y", "x"}:
+        raise ValueError(f"The image must have the dimensions c, y, x; found {tuple(level.dims)}.")
+    level = level.transpose("c", "y", "x")
+    if "c" not in level.coords:
+        level = level.assign_coords(c=np.arange(level.sizes["c"]))
+    return level

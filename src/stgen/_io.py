@@ -1,0 +1,543 @@
+"""From SpatialData and AnnData to arrays, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from scipy.spatial import cKDTree
+from spatialdata import SpatialData, get_centroids, get_pyramid_levels
+from spatialdata.models import Image2DModel, TableModel
+from spatialdata.transformations import get_transformation
+from xarray import DataArray
+
+from stgen._image import Histology
+
+if TYPE_CHECKING:
+    from spatialdata.transformations import BaseTransformation
+
+__all__ = [
+    "Histology",
+    "Section",
+    "check_new_key",
+    "get_counts",
+    "get_section",
+    "get_table",
+    "only_key",
+    "provenance",
+    "record",
+    "spot_pitch",
+    "write_image",
+    "write_table",
+]
+
+logger = logging.getLogger("stgen")
+
+_MICROMETERS = re.compile(r"^(um|µm|μm|microns?|micromet(er|re)s?)$", re.IGNORECASE)
+_VISIUM_PITCH_UM = 100.0
+
+
+@dataclass
+class Section:
+    """One section as arrays, with the user's own table by reference."""
+
+    table: AnnData
+    """The table, not a copy: what is written into it is written into the user's object."""
+    image: Histology | None
+    """The image, if one was asked for."""
+    xy_px: np.ndarray
+    """Locations ``(n_obs, 2)`` as x, y in pixels of the image's finest level (coordinate units without an image)."""
+    mpp: float | None
+    """µm per unit of ``xy_px``; None if it is not known and no image was asked for."""
+    spot_diameter_um: float | None
+    """Diameter of a spot, if the locations are circles of one size."""
+    image_key: str | None = None
+    table_key: str | None = None
+
+    @property
+    def xy_um(self) -> np.ndarray:
+        """Locations in µm, from the image's upper left corner."""
+        if self.mpp is None:
+            raise ValueError("The µm per pixel of this section are not known; pass mpp=<µm per pixel>.")
+        return self.xy_px * self.mpp
+
+
+def get_section(
+    data: SpatialData | AnnData,
+    *,
+    image_key: str | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    mpp: float | None = None,
+    coordinate_system: str | None = None,
+    need_image: bool = False,
+) -> Section:
+    """Find table, image and locations, and bring the locations into pixels of the image.
+
+    Parameters
+    ----------
+    data
+        SpatialData, or AnnData that follows the scanpy/squidpy Visium convention (``obsm["spatial"]`` in
+        full-resolution pixels, images and scale factors in ``uns["spatial"][library]``).
+    image_key
+        Image to use. SpatialData: None if there is exactly one. AnnData: ``"hires"`` unless given.
+    table_key
+        Table to use (SpatialData); None if there is exactly one that fits.
+    shapes_key
+        Element whose locations are meant, where the table annotates several, or to choose among tables.
+    mpp
+        µm per pixel: of the image's finest level (SpatialData) or of the full-resolution image that
+        ``obsm["spatial"]`` refers to (AnnData). None: from a micrometer coordinate system, or from the 100 µm pitch of
+        Visium spots.
+    coordinate_system
+        The one in which image and locations meet; None: a micrometer one if there is one, else "global", else the
+        only one.
+    need_image
+        Whether a missing image is an error.
+    """
+    if mpp is not None and not (np.isscalar(mpp) and np.isfinite(mpp) and mpp > 0):
+        raise ValueError(f"`mpp` must be a positive number of µm per pixel, found {mpp!r}.")
+    if isinstance(data, AnnData):
+        return _section_from_anndata(data, image_key=image_key, mpp=mpp, need_image=need_image)
+    if isinstance(data, SpatialData):
+        return _section_from_spatialdata(
+            data,
+            image_key=image_key,
+            table_key=table_key,
+            shapes_key=shapes_key,
+            mpp=mpp,
+            coordinate_system=coordinate_system,
+            need_image=need_image,
+        )
+    raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+
+
+def get_table(data: SpatialData | AnnData, *, table_key: str | None = None, shapes_key: str | None = None) -> AnnData:
+    """The table of ``data``, by reference; ``data`` itself if it is one."""
+    if isinstance(data, AnnData):
+        return data
+    if isinstance(data, SpatialData):
+        return data.tables[_find_table(data, table_key, shapes_key)]
+    raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+
+
+def only_key(keys: Iterable[str], key: str | None, *, argument: str, what: str) -> str:
+    """``key`` if it exists, or the only one there is; otherwise an error that lists the candidates."""
+    keys = list(keys)
+    if key is not None:
+        if key not in keys:
+            raise KeyError(f"There is no {what} {key!r}; found {_listed(keys)}. Pass {argument}=<one of them>.")
+        return key
+    if len(keys) == 1:
+        return keys[0]
+    if not keys:
+        raise KeyError(f"The object has no {what}.")
+    raise KeyError(f"There are several candidates for the {what}: {_listed(keys)}. Pass {argument}=<one of them>.")
+
+
+# -- AnnData ----------------------------------------------------------------------------------------------------------
+def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float | None, need_image: bool) -> Section:
+    _check_not_empty(table)
+    if "spatial" not in table.obsm:
+        raise KeyError(
+            'There are no spatial coordinates: obsm["spatial"] is missing (obsm has '
+            f'{_listed(table.obsm)}). Set adata.obsm["spatial"] to x, y in full-resolution pixels.'
+        )
+    xy = _as_xy(table.obsm["spatial"], 'obsm["spatial"]')
+    libraries = table.uns.get("spatial", {})
+    library = libraries[next(iter(libraries))] if len(libraries) == 1 else {}
+    if len(libraries) > 1:
+        if need_image:
+            raise ValueError(
+                f'uns["spatial"] holds several libraries: {_listed(libraries)}. Pass one section at a time, such as '
+                'adata[adata.obs["library_id"] == <library>].copy() with only that entry in uns["spatial"].'
+            )
+    factors = library.get("scalefactors", {})
+    diameter = factors.get("spot_diameter_fullres")
+    if mpp is None and factors:
+        mpp = factors.get("microns_per_pixel") or _mpp_from_pitch(xy, diameter)
+    if not need_image and image_key is None:
+        return Section(table, None, xy, mpp, None if mpp is None or diameter is None else float(diameter * mpp))
+    images = library.get("images", {})
+    if not images:
+        raise KeyError(
+            'There is no image: uns["spatial"][library]["images"] is missing or empty. Read the section with '
+            "squidpy.read.visium, or pass a SpatialData object and image_key=."
+        )
+    key = image_key or ("hires" if "hires" in images else None)
+    key = only_key(images, key, argument="image_key", what="image")
+    factor = factors.get(f"tissue_{key}_scalef")
+    if factor is None:
+        if key not in ("fullres", "full"):
+            raise KeyError(
+                f'uns["spatial"][library]["scalefactors"] has no "tissue_{key}_scalef" (found {_listed(factors)}); set '
+                "it to image pixels per full-resolution pixel (1 if the image is the full-resolution one)."
+            )
+        factor = 1.0
+    if mpp is None:
+        raise ValueError(
+            "The µm per pixel are not known: the spots are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per "
+            "full-resolution pixel>."
+        )
+    array = np.asarray(images[key])
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3:
+        raise ValueError(f"The image {key!r} must have the shape (y, x, channels), found {array.shape}.")
+    names = ["r", "g", "b", "a"] if array.shape[2] in (3, 4) else [str(i) for i in range(array.shape[2])]
+    level = DataArray(array, dims=("y", "x", "c"), coords={"c": names[: array.shape[2]]})
+    image = Histology([level], mpp=float(mpp) / float(factor))
+    spot_um = None if diameter is None else float(diameter * mpp)
+    return Section(table, image, xy * float(factor), image.mpp, spot_um, image_key=key)
+
+
+# -- SpatialData ------------------------------------------------------------------------------------------------------
+def _section_from_spatialdata(
+    sdata: SpatialData,
+    *,
+    image_key: str | None,
+    table_key: str | None,
+    shapes_key: str | None,
+    mpp: float | None,
+    coordinate_system: str | None,
+    need_image: bool,
+) -> Section:
+    table_key = _find_table(sdata, table_key, shapes_key)
+    table = sdata.tables[table_key]
+    _check_not_empty(table)
+    if need_image or image_key is not None:
+        image_key = only_key(sdata.images, image_key, argument="image_key", what="image")
+    regions, instances = _regions(sdata, table, table_key, shapes_key)
+    elements = [] if image_key is None else [sdata.images[image_key]]
+    names = [image_key, *regions] if elements else list(regions)
+    system = _shared_system(names, [*elements, *(sdata[name] for name in regions)], coordinate_system)
+
+    xy = np.full((table.n_obs, 2), np.nan)
+    radius = []
+    for name, rows in regions.items():
+        centers = _centroids(sdata[name], system)
+        position = centers.index.get_indexer(instances[rows])
+        if (position < 0).any():
+            missing = instances[rows][position < 0]
+            raise ValueError(
+                f"{len(missing)} rows of the table {table_key!r} point at instances that {name!r} does not have "
+                f"({_listed(missing)}). Match them with sdata.filter_by_coordinate_system or spatialdata.match_table_to_element."
+            )
+        xy[rows] = centers[["x", "y"]].to_numpy()[position]
+        if "radius" in getattr(sdata[name], "columns", ()):
+            radius.append(sdata[name]["radius"].to_numpy() * _affine(sdata[name], system)[1])
+    xy = _as_xy(xy, f"the locations of the table {table_key!r}")
+    radii = np.concatenate(radius) if len(radius) == len(regions) else np.empty(0)
+    one_size = radii.size > 0 and np.ptp(radii) <= 0.01 * radii.mean()
+    diameter = float(2 * radii.mean()) if one_size else None
+
+    um_per_unit = 1.0 if _MICROMETERS.match(system) else None
+    if image_key is None:
+        scale = mpp if mpp is not None else um_per_unit
+        spot_um = None if scale is None or diameter is None else diameter * scale
+        return Section(table, None, xy, scale, spot_um, table_key=table_key)
+    matrix, scale = _affine(sdata.images[image_key], system)
+    if mpp is None:
+        um_per_unit = um_per_unit or _micrometers_elsewhere(sdata.images[image_key], scale)
+        um_per_unit = um_per_unit or _mpp_from_pitch(xy, diameter)
+        if um_per_unit is None:
+            raise ValueError(
+                f"The µm per pixel of the image {image_key!r} are not known: no coordinate system is named "
+                f"micrometers ({_listed(get_transformation(sdata.images[image_key], get_all=True))}) and the locations "
+                "are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per image pixel> (0.2125 for a full-resolution "
+                'Xenium image), or name a micrometer coordinate system "um".'
+            )
+        mpp = scale * um_per_unit
+    xy_px = (np.column_stack([xy, np.ones(len(xy))]) @ np.linalg.inv(matrix).T)[:, :2]
+    image = Histology(_levels(sdata.images[image_key]), mpp=mpp)
+    spot_um = None if diameter is None else diameter * mpp / scale
+    return Section(table, image, xy_px, image.mpp, spot_um, image_key=image_key, table_key=table_key)
+
+
+def _levels(element: Any) -> list[DataArray]:
+    return [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
+
+
+def _find_table(sdata: SpatialData, table_key: str | None, shapes_key: str | None) -> str:
+    if table_key is not None or shapes_key is None:
+        return only_key(sdata.tables, table_key, argument="table_key", what="table")
+    linked = [key for key, table in sdata.tables.items() if shapes_key in _region_names(table)]
+    if not linked:
+        raise KeyError(
+            f"No table annotates {shapes_key!r}; the tables are {_listed(sdata.tables)}. Link one with "
+            "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
+        )
+    return only_key(linked, None, argument="table_key", what=f"table of {shapes_key!r}")
+
+
+def _region_names(table: AnnData) -> list[str]:
+    region = table.uns.get("spatialdata_attrs", {}).get("region", [])
+    return [region] if isinstance(region, str) else list(region or [])
+
+
+def _regions(
+    sdata: SpatialData, table: AnnData, table_key: str, shapes_key: str | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Element name -> rows of the table that belong to it, and the instance of every row."""
+    attrs = table.uns.get("spatialdata_attrs")
+    if not attrs:
+        raise ValueError(
+            f"The table {table_key!r} annotates no element, so its rows have no spatial coordinates. Link it with "
+            "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
+        )
+    region_of_row = table.obs[attrs["region_key"]].astype(str).to_numpy()
+    names = [name for name in _region_names(table) if (region_of_row == name).any()]
+    if shapes_key is not None:
+        if shapes_key not in names:
+            raise KeyError(f"The table {table_key!r} does not annotate {shapes_key!r}; it annotates {_listed(names)}.")
+        if names != [shapes_key]:
+            raise ValueError(
+                f"The table {table_key!r} annotates {_listed(names)}, not only {shapes_key!r}. Pass a table of one element."
+            )
+    absent = [name for name in names if name not in sdata]
+    if absent or not names:
+        raise KeyError(f"The table {table_key!r} annotates {_listed(absent or region_of_row[:1])}, which are not in the object.")
+    return {name: np.flatnonzero(region_of_row == name) for name in names}, table.obs[attrs["instance_key"]].to_numpy()
+
+
+def _shared_system(names: Sequence[str], elements: Sequence[Any], wanted: str | None) -> str:
+    of_each = [list(get_transformation(element, get_all=True)) for element in elements]
+    shared = [name for name in of_each[0] if all(name in systems for systems in of_each)]
+    found = "; ".join(f"{name!r}: {_listed(systems)}" for name, systems in zip(names, of_each, strict=True))
+    if wanted is not None:
+        if wanted not in shared:
+            raise KeyError(f"The elements do not share the coordinate system {wanted!r}; found {found}.")
+        return wanted
+    if not shared:
+        raise ValueError(
+            f"The image and the locations share no coordinate system ({found}). Align them with "
+            "spatialdata.transformations.set_transformation(element, transformation, to_coordinate_system=...)."
+        )
+    micrometers = [name for name in shared if _MICROMETERS.match(name)]
+    return (micrometers or [name for name in shared if name == "global"] or shared)[0]
+
+
+def _affine(element: Any, system: str) -> tuple[np.ndarray, float]:
+    """The 3 x 3 matrix from the element to ``system`` over x, y, and its mean scale."""
+    matrix = get_transformation(element, system).to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y"))
+    scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"The transformation to {system!r} is singular: {matrix.tolist()}.")
+    axes = np.linalg.norm(matrix[:2, :2], axis=0)
+    if axes.max() > 1.05 * axes.min():
+        raise ValueError(f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be square.")
+    return matrix, scale
+
+
+def _micrometers_elsewhere(element: Any, scale: float) -> float | None:
+    """µm per unit of the system in use, from another coordinate system of the image that is in µm."""
+    for name in get_transformation(element, get_all=True):
+        if _MICROMETERS.match(name):
+            return _affine(element, name)[1] / scale
+    return None
+
+
+def _centroids(element: Any, system: str) -> pd.DataFrame:
+    """Columns x, y in ``system``, indexed by instance."""
+    if hasattr(element, "geometry"):
+        matrix, _ = _affine(element, system)
+        points = element.geometry.centroid
+        xy = np.column_stack([points.x, points.y, np.ones(len(points))]) @ matrix.T
+        return pd.DataFrame({"x": xy[:, 0], "y": xy[:, 1]}, index=element.index)
+    centers = get_centroids(element, coordinate_system=system)
+    return centers.compute() if hasattr(centers, "compute") else centers
+
+
+# -- locations --------------------------------------------------------------------------------------------------------
+def _as_xy(values: Any, where: str) -> np.ndarray:
+    xy = np.asarray(values, dtype=np.float64)
+    if xy.ndim != 2 or xy.shape[1] < 2:
+        raise ValueError(f"{where} must have the shape (n, 2) as x, y; found {xy.shape}.")
+    xy = xy[:, :2]
+    bad = ~np.isfinite(xy).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{where} has {int(bad.sum())} rows without finite coordinates (first: row {int(np.argmax(bad))}); drop them."
+        )
+    return xy
+
+
+def spot_pitch(xy: np.ndarray) -> tuple[float, bool]:
+    """Distance between neighboring spots, and whether they lie on a hexagonal grid, as those of Visium do."""
+    if len(xy) < 7:
+        return float("nan"), False
+    distance, _ = cKDTree(xy).query(xy, k=7)
+    pitch = float(np.median(distance[:, 1]))
+    if not pitch > 0:
+        return float("nan"), False
+    six = (distance[:, 1:] < 1.15 * pitch).all(1) & (distance[:, 1:] > 0.85 * pitch).all(1)
+    return pitch, bool(six.mean() > 0.3)
+
+
+def _mpp_from_pitch(xy: np.ndarray, diameter: float | None) -> float | None:
+    pitch, hexagonal = spot_pitch(xy)
+    if not hexagonal or (diameter is not None and not 0.45 < diameter / pitch < 0.75):
+        return None
+    logger.info(
+        "µm per pixel %.4g taken from the spots: hexagonal grid with a pitch of %.4g pixels = 100 µm (Visium). "
+        "Pass mpp= if this is not Visium.",
+        _VISIUM_PITCH_UM / pitch,
+        pitch,
+    )
+    return _VISIUM_PITCH_UM / pitch
+
+
+# -- counts -----------------------------------------------------------------------------------------------------------
+def _check_not_empty(table: AnnData) -> None:
+    if table.n_obs == 0:
+        raise ValueError(f"The table is empty: its shape is {table.shape}.")
+
+
+def get_counts(
+    table: AnnData, *, genes: Sequence[str] | None = None, layer: str | None = None, dense: bool = True
+) -> np.ndarray | sparse.csr_array:
+    """Float32 counts ``(n_obs, n_genes)``, checked.
+
+    Parameters
+    ----------
+    table
+        Where the counts are.
+    genes
+        Names to take, in this order; default all.
+    layer
+        Layer to take; default ``X``.
+    dense
+        Whether to return a dense array; otherwise a CSR array.
+    """
+    _check_not_empty(table)
+    if table.n_vars == 0:
+        raise ValueError(f"The table has no genes: its shape is {table.shape}.")
+    if layer is not None and layer not in table.layers:
+        raise KeyError(f"There is no layer {layer!r}; found {_listed(table.layers)}.")
+    if not table.var_names.is_unique:
+        twice = table.var_names[table.var_names.duplicated()].unique()
+        raise ValueError(
+            f"{len(twice)} gene names occur more than once ({_listed(twice)}); run adata.var_names_make_unique() first."
+        )
+    values = table.X if layer is None else table.layers[layer]
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    if values is None:
+        raise ValueError('The table has no X; pass layer="<name>" or set adata.X to the counts.')
+    if genes is not None:
+        genes = list(genes)
+        position = table.var_names.get_indexer(genes)
+        if (position < 0).any():
+            unknown = [gene for gene, i in zip(genes, position, strict=True) if i < 0]
+            raise KeyError(
+                f"{len(unknown)} of {len(genes)} genes are not in the table ({_listed(unknown)}); its names look like "
+                f"{_listed(table.var_names[:3])}."
+            )
+        values = values[:, position]
+    if hasattr(values, "compute"):
+        values = values.compute()
+    if not np.issubdtype(values.dtype, np.number) or np.issubdtype(values.dtype, np.complexfloating):
+        raise TypeError(f"{where} holds {values.dtype} values; it must hold counts.")
+    stored = values.data if sparse.issparse(values) else np.asarray(values)
+    if not np.isfinite(stored).all():
+        raise ValueError(f"{where} holds NaN or infinite values; counts must be finite. Drop or fill them first.")
+    if stored.size and stored.min() < 0:
+        raise ValueError(
+            f"{where} holds negative values (down to {stored.min():.4g}); it must hold counts. Pass "
+            'layer="<name of the layer with the counts>".'
+        )
+    if not dense:
+        return sparse.csr_array(values, dtype=np.float32)
+    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+    return values.astype(np.float32)
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+def check_new_key(container: Mapping, key: str, *, overwrite: bool, what: str) -> None:
+    """Refuse a key that exists, unless it may be overwritten."""
+    if key in container and not overwrite:
+        raise ValueError(f"{what}[{key!r}] exists already. Pass overwrite=True to replace it, or another key_added=.")
+
+
+def provenance(function: str, **parameters: Any) -> dict[str, Any]:
+    """A record of a result as scalars and dicts, which survive every store; None is left out."""
+    entry = {"function": function}
+    entry |= {name: _plain(value) for name, value in parameters.items() if value is not None}
+    return entry | {"version": version("stgen")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray | pd.Index | list | tuple | set | range):
+        items = [str(item) for item in (sorted(value) if isinstance(value, set) else value)]
+        if len(items) <= 16:
+            return ", ".join(items)
+        return {"n": len(items), "sha256": hashlib.sha256("\n".join(items).encode()).hexdigest()}
+    return str(value)
+
+
+def record(obj: AnnData | SpatialData, key: str, entry: Mapping[str, Any]) -> None:
+    """Keep ``entry`` under ``uns["stgen"][key]`` (AnnData) or ``attrs["stgen"][key]`` (SpatialData)."""
+    store = obj.uns if isinstance(obj, AnnData) else obj.attrs
+    kept = dict(store.get("stgen", {}))
+    kept[key] = dict(entry)
+    store["stgen"] = kept
+
+
+def write_image(
+    sdata: SpatialData,
+    key: str,
+    values: np.ndarray,
+    *,
+    channels: Sequence[str],
+    transformations: Mapping[str, BaseTransformation],
+    overwrite: bool = False,
+) -> None:
+    """Add a float32 image ``(c, y, x)`` with named channels, one channel per chunk."""
+    check_new_key(sdata.images, key, overwrite=overwrite, what="sdata.images")
+    chunks = (1, min(512, values.shape[1]), min(512, values.shape[2]))
+    image = Image2DModel.parse(
+        values.astype(np.float32, copy=False),
+        dims=("c", "y", "x"),
+        c_coords=list(channels),
+        transformations=dict(transformations),
+        chunks=chunks,
+    )
+    sdata.images[key] = image
+
+
+def write_table(
+    sdata: SpatialData,
+    key: str,
+    table: AnnData,
+    *,
+    region: str,
+    region_key: str = "region",
+    instance_key: str = "instance_id",
+    overwrite: bool = False,
+) -> None:
+    """Add a table that annotates the element ``region``; its rows are in the element's order."""
+    check_new_key(sdata.tables, key, overwrite=overwrite, what="sdata.tables")
+    table.obs[region_key] = pd.Categorical([region] * table.n_obs)
+    table.obs[instance_key] = np.asarray(sdata[region].index)
+    table.uns.pop("spatialdata_attrs", None)
+    sdata.tables[key] = TableModel.parse(table, region=region, region_key=region_key, instance_key=instance_key)
+
+
+def _listed(values: Iterable[Any], limit: int = 5) -> str:
+    values = [str(value) for value in values]
+    if not values:
+        return "none"
+    return ", ".join(values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")

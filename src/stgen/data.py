@@ -1,0 +1,181 @@
+"""What a batch is, datasets over arrays, and the order in which a training run sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+__all__ = ["Batch", "SpotData", "StepSampler", "dihedral", "group_folds"]
+
+
+class Batch(TypedDict, total=False):
+    """One batch. Which entries a model needs is its own affair; what they mean is not.
+
+    ``B`` items, ``G`` genes, ``D`` features, ``C`` image channels, ``H x W`` pixels.
+    """
+
+    index: Tensor  # (B,) row of each item in its dataset
+    x: Tensor  # (B, G) expression, on the model's transform (log counts, say); never standardized
+    h: Tensor  # (B, D) histology embedding, or (B, C, H, W) image
+    mean: Tensor  # (B, G) prediction of x by a mean model that never saw this item, on the scale of x
+
+
+def dihedral(x: Tensor, view: int) -> Tensor:
+    """One of the eight rotations and reflections of a square, applied to the last two dimensions.
+
+    Parameters
+    ----------
+    x
+        Images or maps, shape ``(..., H, W)``.
+    view
+        0 is the identity, 1 to 3 are quarter turns, 4 to 7 the same after a left-right flip.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stgen.data import dihedral
+    >>> dihedral(torch.tensor([[1, 2], [3, 4]]), 4)
+    tensor([[2, 1],
+            [4, 3]])
+    """
+    if not 0 <= view < 8:
+        raise ValueError(f"`view` must lie in 0..7, found {view}.")
+    return torch.rot90(x.flip(-1) if view >= 4 else x, view % 4, (-2, -1))
+
+
+@dataclass
+class SpotData:
+    """Expression and histology embeddings of locations, in memory.
+
+    Parameters
+    ----------
+    x
+        Expression on the model's transform, shape ``(n, G)``.
+    h
+        Histology embeddings, shape ``(n, D)`` or, for the dihedral views of each patch, ``(n, V, D)``.
+    group
+        Which locations belong together (section, or block of a section), shape ``(n,)``: cross-validation inside a
+        model keeps groups whole, because neighbors are nearly copies of each other.
+    mean
+        Prediction of ``x`` by a mean model that never saw the location, shape ``(n, G)``; a model whose transformer
+        works on residuals puts it there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.data import SpotData
+    >>> data = SpotData(np.zeros((4, 3)), np.ones((4, 8, 5)))
+    >>> len(data), data.n_views, data[2, 7]["h"].shape
+    (4, 8, torch.Size([5]))
+    """
+
+    x: np.ndarray
+    h: np.ndarray
+    group: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    n_views: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = torch.as_tensor(np.asarray(self.x, np.float32))
+        h = torch.as_tensor(np.asarray(self.h, np.float32))
+        self.h = h[:, None] if h.ndim == 2 else h
+        self.n_views = self.h.shape[1]
+        self.group = np.zeros(len(self.x), int) if self.group is None else np.asarray(self.group)
+        if not len(self.x) == len(self.h) == len(self.group):
+            raise ValueError(f"x, h and group differ in length: {len(self.x)}, {len(self.h)}, {len(self.group)}.")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Batch:
+        i, view = item if isinstance(item, tuple) else (item, 0)
+        batch: Batch = {"index": torch.as_tensor(i), "x": self.x[i], "h": self.h[i, view]}
+        if self.mean is not None:
+            batch["mean"] = self.mean[i]
+        return batch
+
+    def subset(self, rows: np.ndarray) -> SpotData:
+        """The same data at some rows."""
+        return SpotData(self.x[rows], self.h[rows], self.group[rows], None if self.mean is None else self.mean[rows])
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of ``(row, view)`` for training steps ``start`` to ``stop``; each a function of the seed and the step.
+
+    Rows come in seeded permutations, one after the other, so that each is seen equally often; the view is drawn anew
+    each time. Because a step's batch depends on nothing before it, a run that starts at step ``k`` sees what an
+    uninterrupted one would have seen from there.
+
+    Parameters
+    ----------
+    n_rows, n_views
+        Size of the dataset and of the augmentation.
+    batch_size
+        Rows in a batch.
+    start, stop
+        First step, and the step before which to stop.
+    seed
+        Random seed.
+
+    Examples
+    --------
+    >>> from stgen.data import StepSampler
+    >>> whole = list(StepSampler(10, 8, batch_size=4, start=0, stop=6, seed=0))
+    >>> whole[3:] == list(StepSampler(10, 8, batch_size=4, start=3, stop=6, seed=0))
+    True
+    """
+
+    def __init__(self, n_rows: int, n_views: int, *, batch_size: int, start: int, stop: int, seed: int) -> None:
+        self.n_rows, self.n_views, self.batch_size = n_rows, n_views, batch_size
+        self.start, self.stop, self.seed = start, stop, seed
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, int)
+        for step in range(self.start, self.stop):
+            rows = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.n_rows != epoch:
+                    epoch = position // self.n_rows
+                    order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.n_rows)
+                rows.append(int(order[position % self.n_rows]))
+            views = np.random.default_rng([self.seed, 1, step]).integers(self.n_views, size=len(rows))
+            yield [(row, int(view)) for row, view in zip(rows, views, strict=True)]
+
+
+def group_folds(group: np.ndarray, n_folds: int = 5) -> np.ndarray:
+    """Number of the cross-validation fold of each row; groups stay whole and folds are of about equal size.
+
+    With a single group there is nothing to keep whole, and contiguous runs of rows become the folds.
+
+    Parameters
+    ----------
+    group
+        Group of each row, shape ``(n,)``.
+    n_folds
+        Number of folds, at most; there are never more than groups (or rows).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.data import group_folds
+    >>> group_folds(np.array([0, 0, 1, 1, 2, 2]), 3)
+    array([2, 2, 1, 1, 0, 0])
+    """
+    groups, group, sizes = np.unique(group, return_inverse=True, return_counts=True)
+    if len(groups) == 1:
+        return np.arange(len(group)) * min(n_folds, len(group)) // len(group)
+    n_folds = min(n_folds, len(groups))
+    fold, filled = np.zeros(len(groups), int), np.zeros(n_folds)
+    for g in np.lexsort((-np.arange(len(groups)), -sizes)):  # largest first, each to the emptiest fold
+        fold[g] = filled.argmin()
+        filled[fold[g]] += sizes[g]
+    return fold[group]

@@ -1,0 +1,255 @@
+"""Simple models with the interface of the others, to be reported beside every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stgen.data import Batch, SpotData, group_folds
+from stgen.models._base import Model
+from stgen.models._layers import Standardize
+from stgen.transforms import TransformName
+
+__all__ = ["LinearProbe", "Retrieval", "TrainingMean"]
+
+
+class _Point(Model):
+    """A model that predicts one value and no spread: :meth:`predict` is all that a subclass adds to its fit."""
+
+    stochastic: ClassVar[bool] = False
+
+    def predict(self, h: Tensor) -> Tensor:
+        """Expression on the scale ``transform``, shape ``(B, G)``, from embeddings ``(B, D)``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Batch,
+        n_samples: int = 1,
+        steps: int | None = None,
+        generator: Sequence[torch.Generator] | None = None,
+        solver: str = "dpm++",
+    ) -> Tensor:
+        """The prediction, as often as samples are asked for: shape ``(B, n_samples, G)``."""
+        return self.predict(batch["h"])[:, None].expand(-1, n_samples, -1)
+
+
+class TrainingMean(_Point):
+    """The mean of the training tissue, everywhere: what any model must beat.
+
+    Parameters
+    ----------
+    genes
+        Names of the genes.
+    embedding_dim
+        Features of the histology embedding, which is not looked at.
+    transform
+        Scale of expression, see :func:`stgen.transforms.transform_counts`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen import models
+    >>> from stgen.data import SpotData
+    >>> model = models.TrainingMean(["A", "B"], embedding_dim=3)
+    >>> _ = model.fit(SpotData(np.array([[0.0, 2.0], [2.0, 4.0]]), np.zeros((2, 3))))
+    >>> model.mean
+    tensor([1., 3.])
+    """
+
+    def __init__(self, genes: Sequence[str], *, embedding_dim: int, transform: TransformName = "log1p_norm") -> None:
+        super().__init__(genes=list(genes), embedding_dim=embedding_dim, transform=transform)
+        self.register_buffer("mean", torch.zeros(len(genes)))
+
+    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
+        """Take the mean of training and validation data; there are no options."""
+        self.mean.copy_(joined(train, validation).x.mean(0))
+        return {}
+
+    def predict(self, h: Tensor) -> Tensor:
+        """The mean, for each row of ``h``."""
+        return self.mean.expand(len(h), -1)
+
+
+class LinearProbe(_Point):
+    """Ridge regression of all genes on the embedding, its penalty chosen by cross-validation over groups.
+
+    The simplest model that uses the image, and a hard one to beat in correlation.
+
+    Parameters
+    ----------
+    genes
+        Names of the genes.
+    embedding_dim
+        Features ``D`` of the histology embedding.
+    transform
+        Scale of expression, see :func:`stgen.transforms.transform_counts`.
+    penalties
+        Candidates, relative to the number of training locations (features are standardized).
+    clamp
+        Standardized features are clamped to this many standard deviations.
+
+    Attributes
+    ----------
+    penalty
+        The one chosen, relative to the number of training locations.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen import models
+    >>> from stgen.data import SpotData
+    >>> h = np.random.default_rng(0).normal(size=(40, 2))
+    >>> model = models.LinearProbe(["A"], embedding_dim=2, transform="none")
+    >>> _ = model.fit(SpotData(h @ [[2.0], [-1.0]], h))
+    >>> sample = model.sample({"h": model.standardize.mean[None]})
+    >>> sample.shape
+    torch.Size([1, 1, 1])
+    """
+
+    def __init__(
+        self,
+        genes: Sequence[str],
+        *,
+        embedding_dim: int,
+        transform: TransformName = "log1p_norm",
+        penalties: Sequence[float] = tuple(float(p) for p in np.logspace(-4, 2, 25)),
+        clamp: float = 4.0,
+    ) -> None:
+        super().__init__(
+            genes=list(genes), embedding_dim=embedding_dim, transform=transform, penalties=list(penalties), clamp=clamp
+        )
+        self.standardize = Standardize(embedding_dim, clamp)
+        self.register_buffer("weight", torch.zeros(embedding_dim, len(genes)))
+        self.register_buffer("bias", torch.zeros(len(genes)))
+        self.register_buffer("penalty", torch.tensor(0.0))
+
+    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
+        """Solve on training and validation data together: validation happens inside. There are no options."""
+        self.cross_fit(joined(train, validation))
+        return {}
+
+    def cross_fit(self, data: SpotData) -> Tensor:
+        """Fit on all rows and return, for each row, the prediction of a probe that never saw the row's fold.
+
+        Returns
+        -------
+        Shape ``(n, G)``.
+        """
+        h, x = data.h[:, 0], data.x
+        folds = torch.as_tensor(group_folds(data.group))
+        penalties = self.config["penalties"]
+        held_out = torch.zeros(len(penalties), *x.shape)
+        for fold in folds.unique():
+            inside = folds != fold
+            standardize = Standardize(h.shape[1], self.config["clamp"]).fit(h[inside])
+            weight, bias = ridge(standardize(h[inside]), x[inside], penalties)
+            held_out[:, ~inside] = standardize(h[~inside]) @ weight + bias
+        best = (held_out - x).square().mean((1, 2)).argmin()
+        weight, bias = ridge(self.standardize.fit(h)(h), x, [penalties[best]])
+        self.weight.copy_(weight[0])
+        self.bias.copy_(bias[0, 0])
+        self.penalty.fill_(penalties[best])
+        return held_out[best]
+
+    def predict(self, h: Tensor) -> Tensor:
+        """The linear prediction."""
+        return self.standardize(h) @ self.weight + self.bias
+
+
+def ridge(h: Tensor, x: Tensor, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Ridge regression with intercept for several penalties at once, from one eigendecomposition.
+
+    Parameters
+    ----------
+    h, x
+        Features ``(n, D)`` and targets ``(n, G)``.
+    penalties
+        Penalties relative to ``n``: minimizes ``mean (x - h w - b)^2 + penalty |w|^2``.
+
+    Returns
+    -------
+    Weights ``(P, D, G)`` and intercepts ``(P, 1, G)``.
+    """
+    h, x = h.double(), x.double()
+    h_mean, x_mean = h.mean(0), x.mean(0)
+    h, x = h - h_mean, x - x_mean
+    values, vectors = torch.linalg.eigh(h.T @ h / len(h))
+    cross = vectors.T @ (h.T @ x / len(h))
+    weight = torch.stack([vectors @ (cross / (values.clamp(min=0) + p)[:, None]) for p in penalties])
+    bias = x_mean - h_mean @ weight
+    return weight.float(), bias[:, None].float()
+
+
+class Retrieval(_Point):
+    """Mean expression of the ``k`` training locations whose histology looks most alike.
+
+    Parameters
+    ----------
+    genes
+        Names of the genes.
+    embedding_dim
+        Features ``D`` of the histology embedding.
+    transform
+        Scale of expression, see :func:`stgen.transforms.transform_counts`.
+    k
+        Number of neighbors, by Euclidean distance of standardized features.
+    clamp
+        Standardized features are clamped to this many standard deviations.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen import models
+    >>> from stgen.data import SpotData
+    >>> model = models.Retrieval(["A"], embedding_dim=1, transform="none", k=1)
+    >>> _ = model.fit(SpotData(np.array([[5.0], [7.0]]), np.array([[0.0], [1.0]])))
+    >>> model.sample({"h": model.standardize.inverse(model.reference)})[:, 0]
+    tensor([[5.],
+            [7.]])
+    """
+
+    def __init__(
+        self,
+        genes: Sequence[str],
+        *,
+        embedding_dim: int,
+        transform: TransformName = "log1p_norm",
+        k: int = 20,
+        clamp: float = 4.0,
+    ) -> None:
+        super().__init__(genes=list(genes), embedding_dim=embedding_dim, transform=transform, k=k, clamp=clamp)
+        self.standardize = Standardize(embedding_dim, clamp)
+        self.register_buffer("reference", torch.zeros(0, embedding_dim))
+        self.register_buffer("expression", torch.zeros(0, len(genes)))
+
+    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
+        """Remember training and validation data; there are no options."""
+        data = joined(train, validation)
+        self.reference = self.standardize.fit(data.h[:, 0])(data.h[:, 0])
+        self.expression = data.x.clone()
+        return {}
+
+    def predict(self, h: Tensor) -> Tensor:
+        """Mean of the nearest."""
+        nearest = torch.cdist(self.standardize(h), self.reference).topk(
+            min(self.config["k"], len(self.reference)), largest=False
+        )
+        return self.expression[nearest.indices].mean(1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in ("reference", "expression"):  # their length is that of the training data
+            setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def joined(train: SpotData, validation: SpotData | None) -> SpotData:
+    """Training and validation data as one."""
+    if validation is None or len(validation) == 0:
+        return train
+    return SpotData(*(np.concatenate([getattr(d, name) for d in (train, validation)]) for name in ("x", "h", "group")))

@@ -1,0 +1,187 @@
+"""Which genes to predict."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from spatialdata import SpatialData
+
+from stgen._io import get_counts, get_table, provenance, record
+
+__all__ = ["select_genes"]
+
+logger = logging.getLogger("stgen")
+
+_MITOCHONDRIAL_OR_RIBOSOMAL = r"^(?:MT-|RPS|RPL|mt-|Mt-|Rps|Rpl)"
+_PER_SECTION = 2000
+
+
+def select_genes(
+    data: AnnData | SpatialData | Mapping[str, AnnData | SpatialData] | Sequence[AnnData | SpatialData],
+    n: int,
+    *,
+    flavor: Literal["hmhvg", "hvg", "deg", "mean_var"] = "hmhvg",
+    groupby: str | None = None,
+    exclude: str | None = _MITOCHONDRIAL_OR_RIBOSOMAL,
+    layer: str | None = None,
+    table_key: str | None = None,
+    key_added: str = "genes",
+) -> list[str]:
+    """Select the genes that a model is fitted to, on training tissue.
+
+    Only genes that every section has are considered. Pass training sections only: a list that has seen the test
+    section makes its scores look better than they are.
+
+    Parameters
+    ----------
+    data
+        One section or several, as a mapping or sequence, with raw counts.
+    n
+        Number of genes.
+    flavor
+        - ``"hmhvg"``: high mean and highly variable. Among the genes that are highly variable (2,000 per section,
+          scanpy's default flavor, union over sections), those whose mean *and* standard deviation of the counts both
+          rank high: the top K by mean intersected with the top K by standard deviation, for the smallest K that leaves
+          ``n``. Stem's main gene set.
+        - ``"hvg"``: the highly variable genes with the highest mean count.
+        - ``"deg"``: genes that tell the groups of ``groupby`` apart (t-test of each group against the rest), taken in
+          turn from the top of each group's list.
+        - ``"mean_var"``: as ``"hmhvg"``, of all genes, with mean and variance of log1p of counts scaled to 10,000 per
+          location.
+    groupby
+        Column of ``obs`` with the groups for ``"deg"``, annotated regions or clusters.
+    exclude
+        Regular expression of names to leave out: mitochondrial (``MT-``) and ribosomal genes. None keeps all.
+    layer
+        Layer with the counts; default ``X``.
+    table_key
+        Table of a SpatialData object; None if there is one.
+    key_added
+        The list and how it was made are recorded under this name (see Returns). An earlier list is replaced.
+
+    Returns
+    -------
+    The names, best first. Recorded in each section's table: ``uns["stgen"][key_added]``, where ``"genes"`` is the list
+    as one string, a name per line.
+
+    Raises
+    ------
+    ValueError
+        Fewer than ``n`` genes are eligible; negative or missing counts; duplicate names.
+
+    Examples
+    --------
+    >>> import stgen
+    >>> sdata = stgen.datasets.simulated_section()
+    >>> genes = stgen.pp.select_genes(sdata, 10, table_key="spot_counts")
+    >>> len(genes)
+    10
+    """
+    if flavor not in ("hmhvg", "hvg", "deg", "mean_var"):
+        raise ValueError(f'`flavor` must be "hmhvg", "hvg", "deg" or "mean_var", found {flavor!r}.')
+    if flavor == "deg" and groupby is None:
+        raise ValueError('flavor="deg" compares groups: pass groupby=<column of obs>.')
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"`n` must be a positive number of genes, found {n!r}.")
+    tables = [get_table(section, table_key=table_key) for section in _sections(data)]
+    for table in tables:
+        if groupby is not None and groupby not in table.obs:
+            raise KeyError(f"obs has no column {groupby!r}; found {', '.join(table.obs.columns) or 'none'}.")
+    counts = [get_counts(table, layer=layer, dense=False) for table in tables]
+    shared = _shared_genes(tables, exclude)
+    if len(shared) < n:
+        raise ValueError(f"Only {len(shared)} genes are eligible in all sections, {n} were asked for; pass a smaller n.")
+    columns = [table.var_names.get_indexer(shared) for table in tables]
+    totals = [np.asarray(c.sum(1)).ravel() for c in counts]
+    counts = [c[:, index] for c, index in zip(counts, columns, strict=True)]
+    normalized = [_normalize(c, total) for c, total in zip(counts, totals, strict=True)]
+
+    if flavor == "deg":
+        groups = np.concatenate([table.obs[groupby].astype(str).to_numpy() for table in tables])
+        names = _differential(sparse.vstack(normalized), groups, shared, n)
+    else:
+        eligible = np.ones(len(shared), dtype=bool)
+        if flavor in ("hmhvg", "hvg"):
+            eligible = np.any([_highly_variable(x, shared) for x in normalized], axis=0)
+        mean, variance = _moments(sparse.vstack(normalized if flavor == "mean_var" else counts))
+        rank = _rank(mean) if flavor == "hvg" else np.maximum(_rank(mean[eligible]), _rank(variance[eligible]))
+        rank = rank[eligible] if flavor == "hvg" else rank
+        names = list(shared[eligible][np.argsort(rank, kind="stable")][:n])
+    if len(names) < n:
+        raise ValueError(f"Only {len(names)} genes are eligible for flavor={flavor!r}, {n} were asked for; pass a smaller n.")
+    entry = provenance("pp.select_genes", flavor=flavor, n=n, groupby=groupby, exclude=exclude, layer=layer, sections=len(tables))
+    for table in tables:
+        record(table, key_added, entry | {"genes": "\n".join(names)})
+    logger.info("Selected %d genes (%s); the list is recorded in uns['stgen'][%r].", n, flavor, key_added)
+    return names
+
+
+def _sections(data: object) -> list[AnnData | SpatialData]:
+    if isinstance(data, AnnData | SpatialData):
+        return [data]
+    sections = list(data.values()) if isinstance(data, Mapping) else list(data)
+    if not sections:
+        raise ValueError("There is no section to select genes from: `data` is empty.")
+    return sections
+
+
+def _shared_genes(tables: Sequence[AnnData], exclude: str | None) -> pd.Index:
+    shared = tables[0].var_names
+    for table in tables[1:]:
+        shared = shared[shared.isin(table.var_names)]
+    return shared if exclude is None else shared[~shared.str.contains(exclude)]
+
+
+def _normalize(counts: sparse.csr_array, total: np.ndarray) -> sparse.csr_array:
+    """log1p of counts scaled to 10,000 per location, the total taken over all genes of the table."""
+    scaled = sparse.csr_array(sparse.diags_array(1e4 / np.maximum(total, 1.0)) @ counts)
+    scaled.data = np.log1p(scaled.data)
+    return scaled.astype(np.float32)
+
+
+def _moments(x: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
+    x = x.astype(np.float64)
+    mean = np.asarray(x.mean(0)).ravel()
+    return mean, np.asarray(x.multiply(x).mean(0)).ravel() - mean**2
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    """0 for the highest."""
+    rank = np.empty(len(values), dtype=int)
+    rank[np.argsort(-values, kind="stable")] = np.arange(len(values))
+    return rank
+
+
+def _highly_variable(x: sparse.csr_array, names: pd.Index) -> np.ndarray:
+    import scanpy as sc
+
+    seen = np.asarray((x > 0).sum(0)).ravel() > 0
+    if seen.sum() <= _PER_SECTION:
+        return seen
+    part = AnnData(sparse.csr_matrix(x[:, seen]), var=pd.DataFrame(index=names[seen]))
+    sc.pp.highly_variable_genes(part, n_top_genes=_PER_SECTION)
+    out = seen.copy()
+    out[seen] = part.var["highly_variable"].to_numpy()
+    return out
+
+
+def _differential(x: sparse.csr_array, groups: np.ndarray, names: pd.Index, n: int) -> list[str]:
+    import scanpy as sc
+
+    labels, sizes = np.unique(groups, return_counts=True)
+    labels = [label for label, size in zip(labels, sizes, strict=True) if size > 1 and label != "nan"]
+    if len(labels) < 2:
+        raise ValueError(f"flavor='deg' needs at least two groups of two locations, found {len(labels)}.")
+    kept = np.isin(groups, labels)
+    part = AnnData(sparse.csr_matrix(x[kept]), var=pd.DataFrame(index=names))
+    part.obs["group"] = pd.Categorical(groups[kept])
+    sc.tl.rank_genes_groups(part, "group", method="t-test", rankby_abs=False)
+    ranked = part.uns["rank_genes_groups"]["names"]
+    in_turn = (ranked[label][i] for i in range(len(names)) for label in labels)
+    return list(dict.fromkeys(map(str, in_turn)))[:n]

@@ -1,0 +1,283 @@
+"""Predict expression from histology."""
+
+from __future__ import annotations
+
+import copy as copying
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from anndata import AnnData
+from spatialdata import SpatialData
+from tqdm.auto import tqdm
+
+from stgen import models
+from stgen._io import check_new_key, get_section, get_table, provenance, record, write_table
+from stgen.data import SpotData, group_folds
+from stgen.models import Model
+from stgen.tl._fit import fit_arrays, gather, hold_out
+from stgen.tl._inputs import embedding_key_of, embedding_record
+from stgen.train import check_device
+from stgen.transforms import unit
+
+__all__ = ["predict_expression"]
+
+logger = logging.getLogger("stgen")
+
+Statistic = Literal["mean", "median", "mode"]
+
+
+def predict_expression(
+    data: SpatialData | AnnData,
+    *,
+    model: Model | str | Path | None = None,
+    image_key: str | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    embedding_key: str | None = None,
+    layer: str | None = None,
+    genes: list[str] | None = None,
+    n_samples: int = 20,
+    statistic: Statistic = "mean",
+    steps: int = 25,
+    solver: Literal["dpm++", "ddim", "ddpm"] = "dpm++",
+    folds: int = 4,
+    key_added: str = "predicted",
+    keep_samples: bool = False,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str | None = None,
+    overwrite: bool = False,
+    copy: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> SpatialData | AnnData | None:
+    """Predict the expression of each location from its histology.
+
+    Parameters
+    ----------
+    data
+        An AnnData (scanpy/squidpy Visium convention, or one that carries an embedding in ``obsm``), or a SpatialData.
+        A SpatialData without a table is an H&E slide: a grid of tiles over its tissue is made and predicted.
+    model
+        A fitted model, a folder that ``model.save`` wrote, or a Hugging Face Hub id. ``None``, or a model that is not
+        fitted, **cross-fits on the section itself**: each of ``folds`` groups of spatial blocks is predicted by a model
+        that never saw it, which answers "which genes can morphology predict here?".
+    image_key, table_key, shapes_key
+        Elements of ``data``; needed only where there are several.
+    embedding_key
+        Embedding in ``obsm``; by default the one the model was fitted on. If it is missing and there is an image, it is
+        computed as :func:`stgen.pp.embed` did for the training tissue.
+    layer
+        Layer with the counts that cross-fitting trains on; by default ``X``.
+    genes
+        Which of the model's genes to predict; all by default. When cross-fitting with ``model=None``, the genes to
+        model: 200 by ``pp.select_genes`` by default.
+    n_samples
+        Samples drawn for each location.
+    statistic
+        ``"mean"``, ``"median"`` or ``"mode"`` (the sample with the highest density) of the samples, per gene.
+    steps, solver
+        Sampler, see :meth:`stgen.diffusion.Diffusion.sample`.
+    folds
+        Number of folds when cross-fitting.
+    key_added
+        Name of the result.
+    keep_samples
+        Also keep the samples.
+    seed
+        Random seed. The samples of a location depend on it and on the location's row, not on ``batch_size``.
+    batch_size
+        Locations in a batch (times ``n_samples`` network inputs).
+    device
+        ``"cpu"``, ``"cuda"``, ...; by default the best there is.
+    overwrite
+        Replace results of the same name.
+    copy
+        Return a copy with the result and leave ``data`` alone.
+    progress
+        Show a progress bar.
+    **options
+        Training options when cross-fitting, see :func:`stgen.tl.fit`.
+
+    Returns
+    -------
+    ``None``, or the copy. Written to the table:
+
+    - ``layers[key_added]``: prediction, float32 ``(n, n_vars)``, on the model's ``transform``, never below zero counts;
+      NaN for genes that the model does not predict, and ``var[key_added]`` says which it does
+    - ``layers[f"{key_added}_std"]``: standard deviation of the samples (stochastic models only)
+    - ``obsm[f"{key_added}_samples"]``: samples ``(n, n_samples, G)``, with ``keep_samples=True``
+    - ``uns["stgen"][key_added]``: function, model, weights' hash, genes, unit, parameters, seed, version
+
+    A table that lacks some of the genes is not widened: a new table named ``key_added`` is added to the SpatialData, with
+    the prediction as ``X``.
+
+    Raises
+    ------
+    KeyError
+        If an image, table, embedding or gene is missing.
+    ValueError
+        If the embedding is of another kind than the model's, keys exist, or the device is unknown. Nothing is written
+        then.
+
+    Examples
+    --------
+    >>> from stgen import datasets, models, pp, tl
+    >>> sdata = datasets.simulated_section()
+    >>> pp.embed(sdata, image_key="he", table_key="spot_counts")
+    >>> adata = sdata["spot_counts"]
+    >>> probe = models.LinearProbe(pp.select_genes(adata, 10), embedding_dim=adata.obsm["X_texture"].shape[1])
+    >>> tl.predict_expression(adata, model=probe, progress=False)  # not fitted: cross-fits
+    >>> adata.layers["predicted"].shape == adata.shape
+    True
+    """
+    if statistic not in STATISTICS:
+        raise ValueError(f"`statistic` must be one of {', '.join(map(repr, STATISTICS))}, found {statistic!r}.")
+    if n_samples < 1:
+        raise ValueError(f"`n_samples` must be at least 1, found {n_samples}.")
+    device = str(check_device(device))
+    if isinstance(model, str | Path):
+        model = models.load(model)
+    if copy:
+        data = copying.deepcopy(data)
+
+    work, table = _locations(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
+    _check_keys(data, table, key_added, overwrite=overwrite)
+    embedding_key = _embedding(work, table, model, embedding_key, image_key=image_key, device=device)
+    sampling = {
+        "n_samples": n_samples, "steps": steps, "solver": solver, "seed": seed,
+        "batch_size": batch_size, "device": device, "progress": progress,
+    }  # fmt: skip
+    if model is None or not model.fitted:
+        model = _unfitted(model, table, genes, embedding_key, layer)
+        samples = _cross_fit(model, table, embedding_key, layer, folds, sampling, options)
+        fitted_on, chosen = f"this section, cross-fitted in {folds} folds", model.genes
+    else:
+        if options:
+            raise TypeError(f"the model is fitted already, so training options have no use: {', '.join(options)}.")
+        chosen = _chosen(model, genes)
+        samples = draw(model, np.asarray(table.obsm[embedding_key]), np.arange(table.n_obs), **sampling)
+        samples = samples[:, :, [model.genes.index(gene) for gene in chosen]]
+        fitted_on = model.record.get("sections", "?")
+    entry = provenance(
+        "tl.predict_expression", model=type(model).__name__, weights=model.weights_sha256() if model.fitted else None,
+        fitted_on=fitted_on, genes=chosen, transform=model.transform, unit=unit(model.transform), statistic=statistic,
+        n_samples=samples.shape[1], steps=steps, solver=solver, seed=seed, embedding=embedding_key,
+    )  # fmt: skip
+    _write(data, table, samples, chosen, entry, key_added=key_added, statistic=STATISTICS[statistic],
+           keep_samples=keep_samples, stochastic=model.stochastic)  # fmt: skip
+    return data if copy else None
+
+
+# ---- samples -------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    model: Model,
+    h: np.ndarray,
+    rows: np.ndarray,
+    *,
+    n_samples: int = 20,
+    steps: int = 25,
+    solver: str = "dpm++",
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str = "cpu",
+    progress: bool = True,
+) -> np.ndarray:
+    """Samples for embeddings ``(n, D)``, float32 ``(n, n_samples, G)``, never below zero counts.
+
+    The noise of a location follows from the seed and its number in ``rows``, whatever the batch.
+    """
+    model = model.to(device).eval()
+    n_samples = n_samples if model.stochastic else 1
+    samples = np.empty((len(h), n_samples, len(model.genes)), np.float32)
+    name = f"predict with {type(model).__name__}"
+    with tqdm(total=len(h), desc=name, unit="location", disable=not progress) as bar:
+        for start in range(0, len(h), batch_size):
+            batch = {"h": torch.as_tensor(np.asarray(h[start : start + batch_size], np.float32), device=device)}
+            generators = [_generator(seed, int(row)) for row in rows[start : start + batch_size]]
+            drawn = model.sample(batch, n_samples, steps, generators, solver)
+            samples[start : start + batch_size] = drawn.clamp(min=0).cpu().numpy()
+            bar.update(len(generators))
+    return samples
+
+
+def _generator(seed: int, row: int) -> torch.Generator:
+    state = np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.Generator().manual_seed(int(state))
+
+
+def _mode(samples: np.ndarray) -> np.ndarray:
+    """Per location and gene, the sample where a kernel density estimate of the samples is highest."""
+    mode = np.empty((len(samples), samples.shape[2]), np.float32)
+    for i, x in enumerate(samples):  # (S, G)
+        width = np.maximum(1.06 * x.std(0) * len(x) ** -0.2, 1e-6)
+        density = np.exp(-0.5 * np.square((x[:, None] - x[None]) / width)).sum(1)
+        mode[i] = np.take_along_axis(x, density.argmax(0)[None], 0)[0]
+    return mode
+
+
+STATISTICS = {
+    "mean": lambda samples: samples.mean(1),
+    "median": lambda samples: np.median(samples, 1),
+    "mode": _mode,
+}
+
+
+# ---- cross-fitting -------------------------------------------------------------------------------------------------
+
+
+def _unfitted(model: Model | None, table: AnnData, genes: list[str] | None, key: str, layer: str | None) -> Model:
+    """The model to cross-fit: the given one, or a default Stem on the genes."""
+    if model is not None:
+        if genes is not None and list(genes) != model.genes:
+            raise ValueError("`genes` and the model's genes differ; construct the model with the genes to predict.")
+        return model
+    if genes is None:
+        from stgen.pp import select_genes
+
+        genes = select_genes(table, min(200, table.n_vars), layer=layer)
+    return models.Stem(genes, embedding_dim=np.asarray(table.obsm[key]).shape[1])
+
+
+def _cross_fit(
+    model: Model, table: AnnData, key: str, layer: str | None, folds: int, sampling: dict, options: dict
+) -> np.ndarray:
+    """Samples for every location, each from a model that was fitted on other spatial blocks."""
+    data, blocks, info = gather(model, {"section": table}, embedding_key=key, table_key=None, layer=layer)
+    if folds < 2:
+        raise ValueError(f"`folds` must be at least 2, found {folds}.")
+    fold = group_folds(blocks, folds)
+    samples = None
+    options = {"seed": sampling["seed"], "device": sampling["device"], "progress": sampling["progress"], **options}
+    validation = options.pop("validation", 0.125)
+    for k in np.unique(fold):
+        inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        part = copying.deepcopy(model)
+        held_out = hold_out(blocks[inside], validation, np.random.default_rng(sampling["seed"]))
+        fit_arrays(part, data.subset(inside), held_out, info, **options)
+        drawn = draw(part, data.h[outside, 0].numpy(), outside, **sampling)
+        if samples is None:
+            samples = np.empty((len(data), *drawn.shape[1:]), np.float32)
+        samples[outside] = drawn
+    return samples
+
+
+# ---- inputs and outputs --------------------------------------------------------------------------------------------
+
+
+def _chosen(model: Model, genes: list[str] | None) -> list[str]:
+    """The genes to predict, all known to the model."""
+    if genes is None:
+        return model.genes
+    unknown = [gene for gene in genes if gene not in set(model.genes)]
+    if unknown:
+        raise KeyError(
+            f"{len(unknown)} gene(s) unknown to the model: {', '.join(unknown[:5])}. It predicts {len(model.genes)} "
+            f"genes, such as {', '.join(model.genes[:3])}; model.genes lists them."
+        )
+    return list(genes)
