@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from xarray import DataArray
+from scipy import sparse
+from xarray import DataArray, DataTree
 
-__all__ = ["Histology", "resample_matrix", "spatial_groups"]
+__all__ = ["Histology", "image_levels", "resample_matrix", "spatial_groups"]
 
 _FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}
 
 
-def resample_matrix(start: np.ndarray, length: float, n_out: int, n_in: int) -> np.ndarray:
+def resample_matrix(start: np.ndarray | Sequence[float], length: float, n_out: int, n_in: int) -> np.ndarray:
     """Rows of weights that read ``n_out`` pixels from ``n_in``, averaging when they are coarser.
 
     The kernel is a triangle as wide as two output pixels (or two input pixels when the output is finer), the filter of
@@ -144,17 +145,14 @@ class Histology:
             yield from zip(batches, self._windows(xy_px[group], side, side, out_px, out_px, batch_size), strict=True)
 
     def thumbnail(self, *, mpp: float) -> np.ndarray:
-        """Read the whole image ``(c, h, w)`` at ``mpp`` µm per pixel, block by block."""
+        """Read the whole image ``(c, h, w)`` at ``mpp`` µm per pixel; a sketch, from every few pixels of a fine image."""
+        level = self.levels[self._level(mpp)]
         n_y, n_x = (max(1, round(n * self.mpp / mpp)) for n in (self.height, self.width))
-        out = np.empty((self.n_channels, n_y, n_x), dtype=np.float32)
-        step_y, step_x = self.height / n_y, self.width / n_x
-        block = max(1, int(2048 * self.scales[self._level(mpp)] / max(step_x, step_y)))
-        for y in range(0, n_y, block):
-            for x in range(0, n_x, block):
-                h, w = min(block, n_y - y), min(block, n_x - x)
-                center = np.array([[(x + w / 2) * step_x, (y + h / 2) * step_y]])
-                out[:, y : y + h, x : x + w] = next(self._windows(center, w * step_x, h * step_y, w, h))[0]
-        return out
+        stride = max(1, int(min(level.sizes["y"] / n_y, level.sizes["x"] / n_x) / 4))
+        coarse = np.asarray(level.data[:, ::stride, ::stride]).astype(np.float32)
+        down = resample_matrix([0.0], coarse.shape[1], n_y, coarse.shape[1])[0]
+        across = resample_matrix([0.0], coarse.shape[2], n_x, coarse.shape[2])[0]
+        return (down @ coarse @ across.T) / self._full_scale
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def _level(self, mpp: float) -> int:
@@ -177,16 +175,17 @@ class Histology:
         margin_x, margin_y = (max(1, int(np.ceil(w / n))) for w, n in ((width, n_x), (height, n_y)))
         x0, y0 = np.floor(left).astype(int) - margin_x, np.floor(top).astype(int) - margin_y
         w, h = int(np.ceil(width)) + 2 * margin_x + 1, int(np.ceil(height)) + 2 * margin_y + 1
-        region = self._region(index, x0.min(), y0.min(), x0.max() + w, y0.max() + h)
+        region = self._region(index, x0.min(), y0.min(), x0.max() + w, y0.max() + h).transpose(1, 0, 2)
         across = resample_matrix(left - x0, width, n_x, w)
         down = resample_matrix(top - y0, height, n_y, h)
         x0, y0 = x0 - x0.min(), y0 - y0.min()
         for start in range(0, len(centers), batch_size):
             rows = range(start, min(start + batch_size, len(centers)))
-            out = np.empty((len(rows), region.shape[0], n_y, n_x), dtype=np.float32)
+            out = np.empty((len(rows), region.shape[1], n_y, n_x), dtype=np.float32)
             for k, i in enumerate(rows):
-                piece = region[:, y0[i] : y0[i] + h, x0[i] : x0[i] + w].astype(np.float32)
-                out[k] = down[i] @ piece @ across[i].T
+                piece = region[y0[i] : y0[i] + h, :, x0[i] : x0[i] + w].astype(np.float32)
+                rows_done = sparse.csr_array(down[i]) @ piece.reshape(h, -1)
+                out[k] = (rows_done.reshape(n_y, -1, w) @ across[i].T).transpose(1, 0, 2)
             yield out / self._full_scale
 
     def _region(self, index: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
@@ -227,6 +226,13 @@ class Histology:
             if opaque.mean() > 0.5 and np.all(opaque | (last == 0)):
                 return [0, 1, 2]
         return None
+
+
+def image_levels(element: DataArray | DataTree) -> list[DataArray]:
+    """Levels of a single- or multi-scale image element, finest first."""
+    if isinstance(element, DataArray):
+        return [element]
+    return [next(iter(level.data_vars.values())) for level in element.children.values()]
 
 
 def _to_cyx(level: DataArray) -> DataArray:

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from scipy.spatial import cKDTree
-from spatialdata import SpatialData, get_centroids, get_pyramid_levels
-from spatialdata.models import Image2DModel, TableModel
+from spatialdata import SpatialData, get_centroids
 from spatialdata.transformations import get_transformation
 from xarray import DataArray
 
-from stgen._image import Histology
-
-if TYPE_CHECKING:
-    from spatialdata.transformations import BaseTransformation
+from stgen._image import Histology, image_levels
+from stgen._results import (
+    check_new_key,
+    provenance,
+    record,
+    shallow_copy,
+    write_circles,
+    write_image,
+    write_table,
+)
 
 __all__ = [
     "Histology",
     "Section",
     "check_new_key",
+    "find_image",
     "get_counts",
     "get_section",
     "get_table",
+    "image_of",
     "only_key",
     "provenance",
     "record",
+    "shallow_copy",
     "spot_pitch",
+    "write_circles",
     "write_image",
     "write_table",
 ]
@@ -104,7 +112,7 @@ def get_section(
     need_image
         Whether a missing image is an error.
     """
-    if mpp is not None and not (np.isscalar(mpp) and np.isfinite(mpp) and mpp > 0):
+    if mpp is not None and not (isinstance(mpp, Real) and np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"`mpp` must be a positive number of µm per pixel, found {mpp!r}.")
     if isinstance(data, AnnData):
         return _section_from_anndata(data, image_key=image_key, mpp=mpp, need_image=need_image)
@@ -155,12 +163,11 @@ def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float |
     xy = _as_xy(table.obsm["spatial"], 'obsm["spatial"]')
     libraries = table.uns.get("spatial", {})
     library = libraries[next(iter(libraries))] if len(libraries) == 1 else {}
-    if len(libraries) > 1:
-        if need_image:
-            raise ValueError(
-                f'uns["spatial"] holds several libraries: {_listed(libraries)}. Pass one section at a time, such as '
-                'adata[adata.obs["library_id"] == <library>].copy() with only that entry in uns["spatial"].'
-            )
+    if len(libraries) > 1 and need_image:
+        raise ValueError(
+            f'uns["spatial"] holds several libraries: {_listed(libraries)}. Pass one section at a time, such as '
+            'adata[adata.obs["library_id"] == <library>].copy() with only that entry in uns["spatial"].'
+        )
     factors = library.get("scalefactors", {})
     diameter = factors.get("spot_diameter_fullres")
     if mpp is None and factors:
@@ -185,8 +192,9 @@ def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float |
         factor = 1.0
     if mpp is None:
         raise ValueError(
-            "The µm per pixel are not known: the spots are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per "
-            "full-resolution pixel>."
+            'The µm per pixel are not known: obsm["spatial"] is not a Visium grid of 100 µm pitch whose spots are '
+            "spot_diameter_fullres wide. Pass mpp=<µm per full-resolution pixel>; if the coordinates are in pixels of "
+            f'the image {key!r}, first divide them: adata.obsm["spatial"] /= {factor:.6g}.'
         )
     array = np.asarray(images[key])
     array = array[..., None] if array.ndim == 2 else array
@@ -214,7 +222,7 @@ def _section_from_spatialdata(
     table = sdata.tables[table_key]
     _check_not_empty(table)
     if need_image or image_key is not None:
-        image_key = only_key(sdata.images, image_key, argument="image_key", what="image")
+        image_key = find_image(sdata, image_key)
     regions, instances = _regions(sdata, table, table_key, shapes_key)
     elements = [] if image_key is None else [sdata.images[image_key]]
     names = [image_key, *regions] if elements else list(regions)
@@ -257,13 +265,34 @@ def _section_from_spatialdata(
             )
         mpp = scale * um_per_unit
     xy_px = (np.column_stack([xy, np.ones(len(xy))]) @ np.linalg.inv(matrix).T)[:, :2]
-    image = Histology(_levels(sdata.images[image_key]), mpp=mpp)
+    image = Histology(image_levels(sdata.images[image_key]), mpp=mpp)
     spot_um = None if diameter is None else diameter * mpp / scale
     return Section(table, image, xy_px, image.mpp, spot_um, image_key=image_key, table_key=table_key)
 
 
-def _levels(element: Any) -> list[DataArray]:
-    return [element] if isinstance(element, DataArray) else list(get_pyramid_levels(element))
+def find_image(sdata: SpatialData, image_key: str | None) -> str:
+    """``image_key``, or the only image there is that is not a result of this package."""
+    results = sdata.attrs.get("stgen", {})
+    keys = sdata.images if image_key is not None else [key for key in sdata.images if key not in results]
+    return only_key(keys, image_key, argument="image_key", what="image")
+
+
+def image_of(
+    sdata: SpatialData, image_key: str, *, mpp: float | None = None, coordinate_system: str | None = None
+) -> Histology:
+    """An image of ``sdata`` on its own; µm per pixel from ``mpp`` or from a micrometer coordinate system."""
+    element = sdata.images[image_key]
+    if mpp is None:
+        systems = (
+            [coordinate_system] if coordinate_system is not None else list(get_transformation(element, get_all=True))
+        )
+        mpp = next((_affine(element, name)[1] for name in systems if _MICROMETERS.match(name)), None)
+    if mpp is None:
+        raise ValueError(
+            f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "
+            f"({_listed(systems)}) is in micrometers. Pass mpp=<µm per image pixel>."
+        )
+    return Histology(image_levels(element), mpp=mpp)
 
 
 def _find_table(sdata: SpatialData, table_key: str | None, shapes_key: str | None) -> str:
@@ -304,7 +333,9 @@ def _regions(
             )
     absent = [name for name in names if name not in sdata]
     if absent or not names:
-        raise KeyError(f"The table {table_key!r} annotates {_listed(absent or region_of_row[:1])}, which are not in the object.")
+        raise KeyError(
+            f"The table {table_key!r} annotates {_listed(absent or region_of_row[:1])}, which are not in the object."
+        )
     return {name: np.flatnonzero(region_of_row == name) for name in names}, table.obs[attrs["instance_key"]].to_numpy()
 
 
@@ -333,7 +364,9 @@ def _affine(element: Any, system: str) -> tuple[np.ndarray, float]:
         raise ValueError(f"The transformation to {system!r} is singular: {matrix.tolist()}.")
     axes = np.linalg.norm(matrix[:2, :2], axis=0)
     if axes.max() > 1.05 * axes.min():
-        raise ValueError(f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be square.")
+        raise ValueError(
+            f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be square."
+        )
     return matrix, scale
 
 
@@ -457,83 +490,6 @@ def get_counts(
         return sparse.csr_array(values, dtype=np.float32)
     values = values.toarray() if sparse.issparse(values) else np.asarray(values)
     return values.astype(np.float32)
-
-
-# -- results ----------------------------------------------------------------------------------------------------------
-def check_new_key(container: Mapping, key: str, *, overwrite: bool, what: str) -> None:
-    """Refuse a key that exists, unless it may be overwritten."""
-    if key in container and not overwrite:
-        raise ValueError(f"{what}[{key!r}] exists already. Pass overwrite=True to replace it, or another key_added=.")
-
-
-def provenance(function: str, **parameters: Any) -> dict[str, Any]:
-    """A record of a result as scalars and dicts, which survive every store; None is left out."""
-    entry = {"function": function}
-    entry |= {name: _plain(value) for name, value in parameters.items() if value is not None}
-    return entry | {"version": version("stgen")}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.ndarray | pd.Index | list | tuple | set | range):
-        items = [str(item) for item in (sorted(value) if isinstance(value, set) else value)]
-        if len(items) <= 16:
-            return ", ".join(items)
-        return {"n": len(items), "sha256": hashlib.sha256("\n".join(items).encode()).hexdigest()}
-    return str(value)
-
-
-def record(obj: AnnData | SpatialData, key: str, entry: Mapping[str, Any]) -> None:
-    """Keep ``entry`` under ``uns["stgen"][key]`` (AnnData) or ``attrs["stgen"][key]`` (SpatialData)."""
-    store = obj.uns if isinstance(obj, AnnData) else obj.attrs
-    kept = dict(store.get("stgen", {}))
-    kept[key] = dict(entry)
-    store["stgen"] = kept
-
-
-def write_image(
-    sdata: SpatialData,
-    key: str,
-    values: np.ndarray,
-    *,
-    channels: Sequence[str],
-    transformations: Mapping[str, BaseTransformation],
-    overwrite: bool = False,
-) -> None:
-    """Add a float32 image ``(c, y, x)`` with named channels, one channel per chunk."""
-    check_new_key(sdata.images, key, overwrite=overwrite, what="sdata.images")
-    chunks = (1, min(512, values.shape[1]), min(512, values.shape[2]))
-    image = Image2DModel.parse(
-        values.astype(np.float32, copy=False),
-        dims=("c", "y", "x"),
-        c_coords=list(channels),
-        transformations=dict(transformations),
-        chunks=chunks,
-    )
-    sdata.images[key] = image
-
-
-def write_table(
-    sdata: SpatialData,
-    key: str,
-    table: AnnData,
-    *,
-    region: str,
-    region_key: str = "region",
-    instance_key: str = "instance_id",
-    overwrite: bool = False,
-) -> None:
-    """Add a table that annotates the element ``region``; its rows are in the element's order."""
-    check_new_key(sdata.tables, key, overwrite=overwrite, what="sdata.tables")
-    table.obs[region_key] = pd.Categorical([region] * table.n_obs)
-    table.obs[instance_key] = np.asarray(sdata[region].index)
-    table.uns.pop("spatialdata_attrs", None)
-    sdata.tables[key] = TableModel.parse(table, region=region, region_key=region_key, instance_key=instance_key)
 
 
 def _listed(values: Iterable[Any], limit: int = 5) -> str:

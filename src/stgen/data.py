@@ -89,6 +89,10 @@ class SpotData:
         self.group = np.zeros(len(self.x), int) if self.group is None else np.asarray(self.group)
         if not len(self.x) == len(self.h) == len(self.group):
             raise ValueError(f"x, h and group differ in length: {len(self.x)}, {len(self.h)}, {len(self.group)}.")
+        if self.mean is not None:
+            self.mean = torch.as_tensor(np.asarray(self.mean, np.float32))
+            if self.mean.shape != self.x.shape:
+                raise ValueError(f"x and mean differ in shape: {tuple(self.x.shape)}, {tuple(self.mean.shape)}.")
 
     def __len__(self) -> int:
         return len(self.x)

@@ -209,7 +209,8 @@ class Diffusion:
         if solver == "ddpm":
             return self._ancestral(estimate, x_t, steps, noise or (lambda: torch.randn_like(x_t)))
         scheduler = self._scheduler(solver)
-        scheduler.set_timesteps(steps)
+        levels = self.timesteps - torch.arange(steps, dtype=torch.float64) * self.timesteps / steps
+        scheduler.set_timesteps(timesteps=(levels.round().long() - 1).tolist())  # diffusers' own miscount some `steps`
         for t in scheduler.timesteps:
             x_0, _ = estimate(x_t, t.expand(len(x_t)).to(x_t.device))
             x_t = scheduler.step(x_0, t, x_t).prev_sample
@@ -227,19 +228,18 @@ class Diffusion:
 
     def _scheduler(self, solver: str):
         """The diffusers solver of that name, told that it is given clean values."""
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+        from diffusers import DPMSolverMultistepScheduler
 
-        common = {
-            "num_train_timesteps": self.timesteps,
-            "trained_betas": self.betas.float().numpy(),
-            "prediction_type": "sample",
-            "timestep_spacing": "trailing",
-        }
-        if solver == "dpm++":
-            return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
-        if solver == "ddim":
-            return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
-        raise ValueError(f'`solver` must be "dpm++", "ddim" or "ddpm", found {solver!r}.')
+        orders = {"dpm++": 2, "ddim": 1}  # DDIM is DPM-Solver++ of first order (Lu et al., 2022)
+        if solver not in orders:
+            raise ValueError(f'`solver` must be "dpm++", "ddim" or "ddpm", found {solver!r}.')
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=self.timesteps,
+            trained_betas=self.betas.float().numpy(),
+            prediction_type="sample",
+            algorithm_type="dpmsolver++",
+            solver_order=orders[solver],
+        )
 
 
 def centered_noise(n_samples: int, shape: Sequence[int], generator: Sequence[torch.Generator]) -> Tensor:

@@ -119,9 +119,8 @@ def rvd(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """
     pred, truth = _pair(pred, truth)
     var_pred, var_truth = pred.var(0), truth.var(0)
-    return np.square(
-        np.divide(var_pred - var_truth, var_truth, out=np.full(len(var_truth), np.nan), where=var_truth > 0)
-    )
+    varies = var_truth > 1e-24 * np.square(truth).mean(0)  # a constant in floating point is constant up to rounding
+    return np.square(np.divide(var_pred - var_truth, var_truth, out=np.full(len(var_truth), np.nan), where=varies))
 
 
 def gene_correlation(x: np.ndarray) -> np.ndarray:
@@ -136,7 +135,14 @@ def gene_correlation(x: np.ndarray) -> np.ndarray:
 def gsc(pred: np.ndarray, truth: np.ndarray) -> float:
     """Gene structure correlation: Pearson correlation of the two gene-gene correlation matrices (upper triangles).
 
-    For a sampler, score each sample on its own and average: a mean of samples has lost its co-expression.
+    Parameters
+    ----------
+    pred
+        A prediction ``(n, G)``, or samples ``(S, n, G)``: the matrix of each sample is taken, then their mean. The matrix
+        of a mean of samples would be another thing: averaging adds co-expression that no sample has.
+    truth
+        Shape ``(n, G)``. Its matrix carries the counting noise of ``n`` locations, so that even a replicate of the
+        tissue does not score 1.
 
     Examples
     --------
@@ -146,9 +152,10 @@ def gsc(pred: np.ndarray, truth: np.ndarray) -> float:
     >>> round(gsc(truth * 3 + 1, truth), 6)
     1.0
     """
-    pred, truth = _pair(pred, truth)
+    samples, truth = _samples(np.reshape(pred, (-1, *np.shape(pred)[-2:])), truth)
     upper = np.triu_indices(truth.shape[1], 1)
-    return float(pcc(gene_correlation(pred)[upper][:, None], gene_correlation(truth)[upper][:, None])[0])
+    mean = np.mean([gene_correlation(x)[upper] for x in samples], 0)
+    return float(pcc(mean[:, None], gene_correlation(truth)[upper][:, None])[0])
 
 
 def morans_i(x: np.ndarray, weights: sp.spmatrix | np.ndarray) -> np.ndarray:
@@ -174,9 +181,20 @@ def morans_i(x: np.ndarray, weights: sp.spmatrix | np.ndarray) -> np.ndarray:
 
 
 def ssc(pred: np.ndarray, truth: np.ndarray, weights: sp.spmatrix | np.ndarray) -> float:
-    """Spatial structure correlation: Pearson correlation, over genes, of Moran's I of prediction and of truth."""
-    pred, truth = _pair(pred, truth)
-    return float(pcc(morans_i(pred, weights)[:, None], morans_i(truth, weights)[:, None])[0])
+    """Spatial structure correlation: Pearson correlation, over genes, of Moran's I of prediction and of truth.
+
+    Parameters
+    ----------
+    pred
+        A prediction ``(n, G)``, or samples ``(S, n, G)``, whose Moran's I are averaged.
+    truth
+        Shape ``(n, G)``.
+    weights
+        Spatial weights, see :func:`morans_i`.
+    """
+    samples, truth = _samples(np.reshape(pred, (-1, *np.shape(pred)[-2:])), truth)
+    mean = np.mean([morans_i(x, weights) for x in samples], 0)
+    return float(pcc(mean[:, None], morans_i(truth, weights)[:, None])[0])
 
 
 def coverage(samples: np.ndarray, truth: np.ndarray, level: float = 0.9) -> np.ndarray:

@@ -115,6 +115,7 @@ def fit(
         "model": type(model).__name__, "config": model.config, "rows": len(train), "batch_size": batch_size, "lr": lr,
         "weight_decay": weight_decay, "ema_decay": ema_decay, "max_grad_norm": max_grad_norm, "seed": seed,
         "evaluate_every": evaluate_every, "patience": patience, "validation_rows": len(validation or ()),
+        "data": [f"{value.double().norm():.5g}" for value in (train.x, train.h[:, 0])],
     }  # fmt: skip
     state = _State(model, accelerator, lr=lr, weight_decay=weight_decay, ema_decay=ema_decay, signature=signature)
     if checkpoint is not None:
@@ -147,6 +148,8 @@ def fit(
         if checkpoint is not None:
             logger.warning("interrupted; the same call continues from the last checkpoint in %s.", checkpoint)
         raise
+    finally:
+        state.release()
     state.finish()
     return state.history
 
@@ -228,6 +231,11 @@ class _State:
         """Give the model the weights to keep."""
         for parameter, value in zip(self.parameters, self.best or self.ema.shadow_params, strict=True):
             parameter.data.copy_(value)
+
+    def release(self) -> None:
+        """Leave a plain module in evaluation mode, however the run ends: no dropout, no mixed precision around it."""
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("forward", None)
         self.model.eval()
 
     # ---- checkpoints: safetensors and JSON, replaced as a whole -------------------------------------------------
@@ -259,6 +267,13 @@ class _State:
         old = folder.with_name(folder.name + ".old")
         if not folder.exists() and old.exists():  # killed between the two renames of `save`
             os.replace(old, folder)
+        if folder.exists():
+            foreign = {path.name for path in folder.iterdir()} - {"state.json", "state.safetensors"}
+            if foreign:  # `save` replaces the folder as a whole
+                raise ValueError(
+                    f"{folder} holds files that are no checkpoint ({', '.join(sorted(foreign)[:5])}) and would be "
+                    "replaced. Name a folder of its own for `checkpoint`."
+                )
         if not (folder / "state.json").exists():
             return
         scalars: dict[str, Any] = json.loads((folder / "state.json").read_text())

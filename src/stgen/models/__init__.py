@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import isabstract
 from pathlib import Path
 
 from stgen.models._base import DiffusionModel, Model, read_config
@@ -48,7 +49,7 @@ def load(path: str | Path) -> Model:
     if not folder.exists():
         folder = _from_hub(str(path))
     name = read_config(folder)["class"]
-    known = {cls.__name__: cls for cls in map(globals().get, __all__) if isinstance(cls, type)}
+    known = {cls.__name__: cls for cls in map(globals().get, __all__) if isinstance(cls, type) and not isabstract(cls)}
     if name not in known:
         raise ValueError(
             f"{folder} holds a {name!r}, which this version of stgen does not know; it knows {sorted(known)}."

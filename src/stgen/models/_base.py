@@ -135,7 +135,10 @@ class Model(nn.Module, ABC):
             raise ValueError(
                 f"{folder} holds a {content['class']}, not a {cls.__name__}; stgen.models.load(folder) loads any model."
             )
-        model = cls(**content["config"])
+        try:
+            model = cls(**content["config"])
+        except TypeError as error:
+            raise ValueError(f"the configuration in {Path(folder) / CONFIG} is not a {cls.__name__}'s: {error}") from error
         try:
             model.load_state_dict(load_file(Path(folder) / WEIGHTS))
         except (RuntimeError, SafetensorError) as error:
@@ -227,7 +230,7 @@ class DiffusionModel(Model):
         n_samples
             Samples for each item. Their noise is centered (:func:`stgen.diffusion.centered_noise`).
         steps
-            Network evaluations.
+            Network evaluations; ``None`` for 25.
         generator
             One random generator for each item, which makes an item's samples independent of its batch; or one for all.
         solver
@@ -249,7 +252,11 @@ class DiffusionModel(Model):
 
         repeated = {name: value.repeat_interleave(n_samples, 0) for name, value in cond.items()}
         x_0 = self.diffusion.sample(
-            lambda x_t, t: self.denoise(x_t, t, repeated), noise(), steps=steps, solver=solver, noise=noise
+            lambda x_t, t: self.denoise(x_t, t, repeated),
+            noise(),
+            steps=25 if steps is None else steps,
+            solver=solver,
+            noise=noise,
         )
         return self.from_network(x_0, repeated).unflatten(0, (size, n_samples))
 

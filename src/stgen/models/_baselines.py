@@ -118,7 +118,7 @@ class LinearProbe(_Point):
         *,
         embedding_dim: int,
         transform: TransformName = "log1p_norm",
-        penalties: Sequence[float] = tuple(float(p) for p in np.logspace(-4, 2, 25)),
+        penalties: Sequence[float] = tuple(float(p) for p in np.logspace(-4, 3, 29)),
         clamp: float = 4.0,
     ) -> None:
         super().__init__(
@@ -137,6 +137,9 @@ class LinearProbe(_Point):
     def cross_fit(self, data: SpotData) -> Tensor:
         """Fit on all rows and return, for each row, the prediction of a probe that never saw the row's fold.
 
+        The penalty is the one that best predicts differences *within* a fold. The offset of a fold (a section with other
+        depth or stain, often) is set aside: no penalty can predict it, and it would drown what the penalty can do.
+
         Returns
         -------
         Shape ``(n, G)``.
@@ -145,13 +148,17 @@ class LinearProbe(_Point):
         folds = torch.as_tensor(group_folds(data.group))
         penalties = self.config["penalties"]
         held_out = torch.zeros(len(penalties), *x.shape)
+        error = torch.zeros(len(penalties))
         for fold in folds.unique():
             inside = folds != fold
             standardize = Standardize(h.shape[1], self.config["clamp"]).fit(h[inside])
             weight, bias = ridge(standardize(h[inside]), x[inside], penalties)
             held_out[:, ~inside] = standardize(h[~inside]) @ weight + bias
-        best = (held_out - x).square().mean((1, 2)).argmin()
-        weight, bias = ridge(self.standardize.fit(h)(h), x, [penalties[best]])
+            difference = held_out[:, ~inside] - x[~inside]
+            error += (difference - difference.mean(1, keepdim=True)).square().sum((1, 2))
+        best = int(error.argmin())
+        weight, bias = ridge(Standardize(h.shape[1], self.config["clamp"]).fit(h)(h), x, [penalties[best]])
+        self.standardize.fit(h)
         self.weight.copy_(weight[0])
         self.bias.copy_(bias[0, 0])
         self.penalty.fill_(penalties[best])
@@ -231,8 +238,9 @@ class Retrieval(_Point):
     def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
         """Remember training and validation data; there are no options."""
         data = joined(train, validation)
-        self.reference = self.standardize.fit(data.h[:, 0])(data.h[:, 0])
-        self.expression = data.x.clone()
+        device = self.device
+        self.reference = self.standardize.fit(data.h[:, 0])(data.h[:, 0].to(device))
+        self.expression = data.x.to(device, copy=True)
         return {}
 
     def predict(self, h: Tensor) -> Tensor:
@@ -244,7 +252,9 @@ class Retrieval(_Point):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("reference", "expression"):  # their length is that of the training data
-            setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+            if prefix + name in state_dict:
+                buffer = getattr(self, name)
+                setattr(self, name, buffer.new_empty(len(state_dict[prefix + name]), buffer.shape[1]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

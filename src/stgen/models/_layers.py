@@ -30,9 +30,9 @@ class Standardize(nn.Module):
 
     def fit(self, x: Tensor) -> Standardize:
         """Take mean and standard deviation from ``x``, shape ``(n, n_features)``; constant features keep scale 1."""
-        self.mean.copy_(x.mean(0))
-        scale = x.std(0, correction=0)
-        self.scale.copy_(torch.where(scale > 1e-6 * (1 + self.mean.abs()), scale, torch.ones_like(scale)))
+        mean, scale = x.mean(0), x.std(0, correction=0)  # where x is: the buffers may be on another device
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(scale > 1e-6 * (1 + mean.abs()), scale, torch.ones_like(scale)))
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,9 +21,12 @@ __all__ = ["Stem"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
-        "width": 96, "depth": 3, "heads": 4, "mlp_ratio": 4, "genes_per_token": 6, "image_hidden": 128, "image_dropout": 0.5,
-        "mean": "probe", "standardize": True, "transform": "log1p_norm", "prediction": "v", "activation": "gelu",
-        "training": {"steps": 2000, "batch_size": 64, "lr": 1e-3, "ema_decay": 0.995},
+        "width": 64, "depth": 2, "heads": 4, "mlp_ratio": 2, "genes_per_token": 6, "image_hidden": 128,
+        "image_dropout": 0.5, "mean": "probe", "standardize": True, "transform": "log1p_norm", "prediction": "v",
+        "activation": "gelu",
+        "training": {
+            "steps": 1500, "batch_size": 32, "lr": 1e-3, "ema_decay": 0.995, "evaluate_every": 50, "patience": 6,
+        },
     },
     "paper": {
         "width": 384, "depth": 12, "heads": 6, "mlp_ratio": 4, "genes_per_token": 1, "image_hidden": None, "image_dropout": 0.0,
@@ -152,6 +155,9 @@ class Stem(DiffusionModel):
         Options not given are those of the preset. With a probe, the transformer sees each training location with the
         prediction of a probe that was not fitted on it: only then are residuals, and their spread, those of new tissue.
         """
+        from stgen.train import check_device
+
+        check_device(options.get("device"))  # before any work
         self.image_scale.fit(train.h.flatten(0, 1))
         everything = joined(train, validation)
         if self.probe is not None:

@@ -31,7 +31,7 @@ def select_genes(
     exclude: str | None = _MITOCHONDRIAL_OR_RIBOSOMAL,
     layer: str | None = None,
     table_key: str | None = None,
-    key_added: str = "genes",
+    key_added: str | None = "genes",
 ) -> list[str]:
     """Select the genes that a model is fitted to, on training tissue.
 
@@ -63,7 +63,8 @@ def select_genes(
     table_key
         Table of a SpatialData object; None if there is one.
     key_added
-        The list and how it was made are recorded under this name (see Returns). An earlier list is replaced.
+        The list and how it was made are recorded under this name (see Returns); an earlier list is replaced. None does
+        not record it.
 
     Returns
     -------
@@ -96,7 +97,9 @@ def select_genes(
     counts = [get_counts(table, layer=layer, dense=False) for table in tables]
     shared = _shared_genes(tables, exclude)
     if len(shared) < n:
-        raise ValueError(f"Only {len(shared)} genes are eligible in all sections, {n} were asked for; pass a smaller n.")
+        raise ValueError(
+            f"Only {len(shared)} genes are eligible in all sections, {n} were asked for; pass a smaller n."
+        )
     columns = [table.var_names.get_indexer(shared) for table in tables]
     totals = [np.asarray(c.sum(1)).ravel() for c in counts]
     counts = [c[:, index] for c, index in zip(counts, columns, strict=True)]
@@ -114,11 +117,16 @@ def select_genes(
         rank = rank[eligible] if flavor == "hvg" else rank
         names = list(shared[eligible][np.argsort(rank, kind="stable")][:n])
     if len(names) < n:
-        raise ValueError(f"Only {len(names)} genes are eligible for flavor={flavor!r}, {n} were asked for; pass a smaller n.")
-    entry = provenance("pp.select_genes", flavor=flavor, n=n, groupby=groupby, exclude=exclude, layer=layer, sections=len(tables))
-    for table in tables:
-        record(table, key_added, entry | {"genes": "\n".join(names)})
-    logger.info("Selected %d genes (%s); the list is recorded in uns['stgen'][%r].", n, flavor, key_added)
+        raise ValueError(
+            f"Only {len(names)} genes are eligible for flavor={flavor!r}, {n} were asked for; pass a smaller n."
+        )
+    entry = provenance(
+        "pp.select_genes", flavor=flavor, n=n, groupby=groupby, exclude=exclude, layer=layer, sections=len(tables)
+    )
+    if key_added is not None:
+        for table in tables:
+            record(table, key_added, entry | {"genes": "\n".join(names)})
+        logger.info("Selected %d genes (%s); the list is recorded in uns['stgen'][%r].", n, flavor, key_added)
     return names
 
 

@@ -92,7 +92,12 @@ def _texture(planes: Tensor, sigma: float, weight: Tensor) -> list[Tensor]:
     band = blurred - wide @ blurred @ wide.mT
     center, width = _average_and_spread(band, weight)
     skewness = _average((band - center[..., None, None]) ** 3, weight) / width.clamp_min(1e-4) ** 3
-    return [torch.log(mean + _FLOOR), torch.log(spread + _FLOOR), torch.log(_average(coherence, weight) + _FLOOR), skewness]
+    return [
+        torch.log(mean + _FLOOR),
+        torch.log(spread + _FLOOR),
+        torch.log(_average(coherence, weight) + _FLOOR),
+        skewness,
+    ]
 
 
 def _nuclei(hematoxylin: Tensor, mpp: float, weight: Tensor) -> list[Tensor]:

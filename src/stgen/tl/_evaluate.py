@@ -57,8 +57,8 @@ def evaluate(
     Returns
     -------
     ``genes``: PCC, RMSE, MAE, RVD of the prediction; with kept samples also RVD of single samples (averaged), coverage of
-    the 50, 80 and 90 % intervals, and CRPS. ``summary``: means over genes, medians of RVD, PCC-k, GSC and SSC (of single
-    samples where kept), and the number of constant predictions.
+    the 50, 80 and 90 % intervals, and CRPS. ``summary``: means over genes, medians of RVD, PCC-k, GSC and SSC (from the
+    samples where kept; ``GSC_sample`` is that of one sample on its own), and the number of constant predictions.
 
     Raises
     ------
@@ -91,8 +91,8 @@ def evaluate(
     samples = table.obsm.get(f"{key}_samples")
     pred = np.asarray(table.layers[key])[:, predicted]
     truth = expression(table, genes, entry["transform"], layer=truth_layer)
-    if samples is not None:  # kept in the order in which genes were asked for
-        order = {gene: i for i, gene in enumerate(table.uns["stgen"][f"{key}_samples"]["genes"])}
+    if samples is not None:  # kept in the order in which the genes were asked for
+        order = {gene: i for i, gene in enumerate(entry["sample_genes"].split("\n"))}
         samples = np.moveaxis(np.asarray(samples)[:, :, [order[gene] for gene in genes]], 1, 0)
     if ranking is not None:
         position = {gene: i for i, gene in enumerate(genes)}
@@ -131,10 +131,12 @@ def score(
             summary[f"PCC-{k}_oracle"] = metrics.top_k(frame["PCC"], k)
             if ranking is not None:
                 summary[f"PCC-{k}_ranked"] = metrics.top_k(frame["PCC"], k, ranking=ranking)
-    summary["GSC"] = np.mean([metrics.gsc(s, truth) for s in single])
+    summary["GSC"] = metrics.gsc(single, truth)
+    if samples is not None:
+        summary["GSC_sample"] = np.mean([metrics.gsc(s, truth) for s in samples])
     if xy is not None and len(xy) > 6:
         weights = _neighbors(xy)
-        summary["SSC"] = np.mean([metrics.ssc(s, truth, weights) for s in single])
+        summary["SSC"] = metrics.ssc(single, truth, weights)
     summary["constant_predictions"] = int((np.ptp(pred, 0) == 0).sum())
     return Scores(frame, pd.Series(summary, name="score"))
 

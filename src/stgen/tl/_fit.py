@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from anndata import AnnData
@@ -16,7 +16,7 @@ from stgen.models import Model
 from stgen.tl._inputs import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
 from stgen.train import check_device
 
-__all__ = ["fit", "fit_arrays", "gather"]
+__all__ = ["Source", "fit", "fit_arrays", "gather", "hold_out"]
 
 logger = logging.getLogger("stgen")
 
@@ -86,7 +86,11 @@ def fit(
     sections = dict(data) if isinstance(data, Mapping) else {"section": data}
     if "device" in options:
         check_device(options["device"])
-    everything, blocks, record = gather(model, sections, embedding_key=embedding_key, table_key=table_key, layer=layer)
+    sources = {}
+    for name, section in sections.items():
+        table = get_table(section, table_key=table_key)
+        sources[name] = Source(table, table, get_section(section, table_key=table_key).xy_px)
+    everything, blocks, record = gather(model, sources, embedding_key=embedding_key, layer=layer)
     rng = np.random.default_rng(seed)
     held_out = hold_out(blocks, validation, rng)
     record |= {"validation": validation, "seed": seed, "layer": layer}
@@ -98,13 +102,16 @@ def fit(
     return model
 
 
+class Source(NamedTuple):
+    """One section to fit on."""
+
+    counts: AnnData  # table with the counts
+    embedded: AnnData  # table with the embedding in obsm, row by row the same
+    xy: np.ndarray  # (n, 2)
+
+
 def gather(
-    model: Model,
-    sections: Mapping[str, Data],
-    *,
-    embedding_key: str | None,
-    table_key: str | None,
-    layer: str | None,
+    model: Model, sections: Mapping[str, Source], *, embedding_key: str | None, layer: str | None
 ) -> tuple[SpotData, np.ndarray, dict[str, Any]]:
     """All sections as one dataset, the spatial block of each row, and a record of what they are.
 
@@ -113,8 +120,7 @@ def gather(
     if not sections:
         raise ValueError("`data` is an empty mapping; give at least one section.")
     x, h, group, blocks, embedding = [], [], [], [], None
-    for number, (name, section) in enumerate(sections.items()):
-        table = get_table(section, table_key=table_key)
+    for number, (name, (counts, table, xy)) in enumerate(sections.items()):
         key = embedding_key_of(table, embedding_key)
         found = embedding_record(table, key)
         if found["n_features"] != model.config["embedding_dim"]:
@@ -127,9 +133,9 @@ def gather(
                 f"section {name!r} was embedded otherwise than those before it: {found} against {embedding}."
             )
         embedding = found
-        x.append(expression(table, model.genes, model.transform, layer=layer))
+        x.append(expression(counts, model.genes, model.transform, layer=layer))
         h.append(np.asarray(table.obsm.get(f"{key}_views", np.asarray(table.obsm[key])[:, None])))
-        block = spatial_blocks(get_section(section, table_key=table_key).xy_px)
+        block = spatial_blocks(xy)
         blocks.append(block + 1000 * number)
         group.append(np.full(len(block), number) if len(sections) > 2 else blocks[-1])
     _check_training(np.concatenate(x), model.genes)

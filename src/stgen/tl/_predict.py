@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy as copying
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from spatialdata import SpatialData
@@ -17,7 +19,8 @@ from stgen import models
 from stgen._io import check_new_key, get_section, get_table, provenance, record, write_table
 from stgen.data import SpotData, group_folds
 from stgen.models import Model
-from stgen.tl._fit import fit_arrays, gather, hold_out
+from stgen.pp import embed, select_genes, tile_grid
+from stgen.tl._fit import Source, fit_arrays, gather, hold_out
 from stgen.tl._inputs import embedding_key_of, embedding_record
 from stgen.train import check_device
 from stgen.transforms import unit
@@ -27,6 +30,8 @@ __all__ = ["predict_expression"]
 logger = logging.getLogger("stgen")
 
 Statistic = Literal["mean", "median", "mode"]
+
+
 
 
 def predict_expression(
@@ -144,31 +149,38 @@ def predict_expression(
     if copy:
         data = copying.deepcopy(data)
 
-    work, table = _locations(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
-    _check_keys(data, table, key_added, overwrite=overwrite)
-    embedding_key = _embedding(work, table, model, embedding_key, image_key=image_key, device=device)
+    if model is not None and model.fitted and options:
+        raise TypeError(f"the model is fitted already, so training options have no use: {', '.join(options)}.")
+
+    target = _target(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
+    if model is None or not model.fitted:
+        if target.user_table is None:
+            raise ValueError("there are no counts to fit on; pass model=<a fitted model, its folder or a Hub id>.")
+        embedding_key = _embedding(target, None, embedding_key, image_key=image_key, device=device)
+        model = _unfitted(model, target, genes, embedding_key, layer)
+        chosen = model.genes
+    else:
+        chosen = _chosen(model, genes)
+    as_layers = _check_keys(data, target, chosen, key_added, overwrite)
     sampling = {
         "n_samples": n_samples, "steps": steps, "solver": solver, "seed": seed,
         "batch_size": batch_size, "device": device, "progress": progress,
     }  # fmt: skip
-    if model is None or not model.fitted:
-        model = _unfitted(model, table, genes, embedding_key, layer)
-        samples = _cross_fit(model, table, embedding_key, layer, folds, sampling, options)
-        fitted_on, chosen = f"this section, cross-fitted in {folds} folds", model.genes
+    if model.fitted:
+        embedding_key = _embedding(target, model, embedding_key, image_key=image_key, device=device)
+        h = np.asarray(target.table.obsm[embedding_key])
+        samples = draw(model, h, np.arange(len(h)), **sampling)[:, :, [model.genes.index(gene) for gene in chosen]]
+        fitted_on, weights = model.record.get("sections", []), model.weights_sha256()
     else:
-        if options:
-            raise TypeError(f"the model is fitted already, so training options have no use: {', '.join(options)}.")
-        chosen = _chosen(model, genes)
-        samples = draw(model, np.asarray(table.obsm[embedding_key]), np.arange(table.n_obs), **sampling)
-        samples = samples[:, :, [model.genes.index(gene) for gene in chosen]]
-        fitted_on = model.record.get("sections", "?")
+        samples = _cross_fit(model, target, embedding_key, layer, folds, sampling, options)
+        fitted_on, weights = f"this section, cross-fitted in {folds} folds", None
     entry = provenance(
-        "tl.predict_expression", model=type(model).__name__, weights=model.weights_sha256() if model.fitted else None,
-        fitted_on=fitted_on, genes=chosen, transform=model.transform, unit=unit(model.transform), statistic=statistic,
-        n_samples=samples.shape[1], steps=steps, solver=solver, seed=seed, embedding=embedding_key,
+        "tl.predict_expression", model=type(model).__name__, weights_sha256=weights, fitted_on=fitted_on, genes=chosen,
+        transform=model.transform, unit=unit(model.transform), statistic=statistic, n_samples=samples.shape[1],
+        steps=steps, solver=solver, seed=seed, embedding=embedding_key,
     )  # fmt: skip
-    _write(data, table, samples, chosen, entry, key_added=key_added, statistic=STATISTICS[statistic],
-           keep_samples=keep_samples, stochastic=model.stochastic)  # fmt: skip
+    _write(data, target, samples, chosen, entry, key_added=key_added, as_layers=as_layers,
+           embedding_key=embedding_key, keep_samples=keep_samples, overwrite=overwrite)  # fmt: skip
     return data if copy else None
 
 
@@ -231,26 +243,26 @@ STATISTICS = {
 # ---- cross-fitting -------------------------------------------------------------------------------------------------
 
 
-def _unfitted(model: Model | None, table: AnnData, genes: list[str] | None, key: str, layer: str | None) -> Model:
+def _unfitted(model: Model | None, target: _Target, genes: list[str] | None, key: str, layer: str | None) -> Model:
     """The model to cross-fit: the given one, or a default Stem on the genes."""
     if model is not None:
         if genes is not None and list(genes) != model.genes:
             raise ValueError("`genes` and the model's genes differ; construct the model with the genes to predict.")
         return model
     if genes is None:
-        from stgen.pp import select_genes
-
-        genes = select_genes(table, min(200, table.n_vars), layer=layer)
-    return models.Stem(genes, embedding_dim=np.asarray(table.obsm[key]).shape[1])
+        genes = select_genes(target.user_table, min(200, target.user_table.n_vars), layer=layer, key_added=None)
+    return models.Stem(genes, embedding_dim=target.table.obsm[key].shape[1])
 
 
 def _cross_fit(
-    model: Model, table: AnnData, key: str, layer: str | None, folds: int, sampling: dict, options: dict
+    model: Model, target: _Target, key: str, layer: str | None, folds: int, sampling: dict, options: dict
 ) -> np.ndarray:
     """Samples for every location, each from a model that was fitted on other spatial blocks."""
-    data, blocks, info = gather(model, {"section": table}, embedding_key=key, table_key=None, layer=layer)
     if folds < 2:
         raise ValueError(f"`folds` must be at least 2, found {folds}.")
+    xy = get_section(target.work, table_key=target.table_key).xy_px
+    source = Source(target.user_table, target.table, xy)
+    data, blocks, info = gather(model, {"section": source}, embedding_key=key, layer=layer)
     fold = group_folds(blocks, folds)
     samples = None
     options = {"seed": sampling["seed"], "device": sampling["device"], "progress": sampling["progress"], **options}
@@ -281,3 +293,168 @@ def _chosen(model: Model, genes: list[str] | None) -> list[str]:
             f"genes, such as {', '.join(model.genes[:3])}; model.genes lists them."
         )
     return list(genes)
+
+
+@dataclass
+class _Target:
+    """Where a prediction is made and where it goes, with everything new kept apart until it is complete."""
+
+    work: SpatialData | AnnData  # shares images and shapes with the user's object; its table is our own
+    table: AnnData  # the table of `work`: rows, coordinates, embeddings
+    user_table: AnnData | None  # the user's table, if the locations have one
+    table_key: str | None
+    shapes_key: str | None  # of locations that have no table yet
+    new_shapes: bool  # whether the locations themselves are new
+    embedded: bool = False  # whether the embedding is new
+
+
+def _target(
+    data: SpatialData | AnnData,
+    *,
+    image_key: str | None,
+    table_key: str | None,
+    shapes_key: str | None,
+    key_added: str,
+) -> _Target:
+    """Find the locations; make a grid of tiles over the tissue where there are none."""
+    if isinstance(data, AnnData):
+        light = _light(data)
+        return _Target(light, light, data, None, None, False)
+    if not isinstance(data, SpatialData):
+        raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+    work = SpatialData(images=dict(data.images), labels=dict(data.labels), shapes=dict(data.shapes))
+    linked = shapes_key is None or any(shapes_key in _regions(table) for table in data.tables.values())
+    if data.tables and linked:
+        user_table = get_table(data, table_key=table_key, shapes_key=shapes_key)
+        table_key = next(key for key, table in data.tables.items() if table is user_table)
+        work.tables[table_key] = _light(user_table)
+        return _Target(work, work.tables[table_key], user_table, table_key, shapes_key, False)
+    new_shapes = shapes_key is None
+    if new_shapes:
+        shapes_key = f"{key_added}_tiles"
+        tile_grid(work, image_key=image_key, key_added=shapes_key, table_key_added=key_added)
+    elif shapes_key not in data.shapes:
+        raise KeyError(f"there are no shapes {shapes_key!r}; found {', '.join(data.shapes) or 'none'}.")
+    else:
+        write_table(work, key_added, AnnData(obs=pd.DataFrame(index=data[shapes_key].index.astype(str))), region=shapes_key)
+    return _Target(work, work.tables[key_added], None, key_added, shapes_key, new_shapes)
+
+
+def _light(table: AnnData) -> AnnData:
+    """Rows, coordinates and embeddings of a table, without its counts."""
+    kept = {key: table.uns[key] for key in ("spatial", "spatialdata_attrs", "stgen") if key in table.uns}
+    return AnnData(obs=table.obs.copy(), obsm=dict(table.obsm), uns=kept)
+
+
+def _regions(table: AnnData) -> list[str]:
+    regions = table.uns.get("spatialdata_attrs", {}).get("region", [])
+    return [regions] if isinstance(regions, str) else list(regions)
+
+
+def _check_keys(data: SpatialData | AnnData, target: _Target, genes: list[str], key_added: str, overwrite: bool) -> bool:
+    """Refuse keys that exist; say whether the result goes to layers of the user's table (or to a new table)."""
+    table = target.user_table
+    missing = [] if table is None else [gene for gene in genes if gene not in table.var_names]
+    if missing and isinstance(data, AnnData):
+        raise KeyError(
+            f"{len(missing)} of the {len(genes)} genes to predict are not in the table: {', '.join(missing[:5])}. "
+            "Pass genes=[...] with those that are, or a SpatialData, which gets a new table."
+        )
+    if table is not None and not missing:
+        for container, what in ((table.layers, "layers"), (table.uns.get("stgen", {}), 'uns["stgen"]')):
+            check_new_key(container, key_added, overwrite=overwrite, what=what)
+        if key_added in table.obs or (key_added in table.var and key_added not in table.layers):
+            raise ValueError(f"var[{key_added!r}] or obs[{key_added!r}] is in use already; pass another key_added=.")
+        return True
+    check_new_key(data.tables, key_added, overwrite=overwrite, what="sdata.tables")
+    if target.new_shapes:
+        check_new_key(data.shapes, target.shapes_key, overwrite=overwrite, what="sdata.shapes")
+    return False
+
+
+def _embedding(
+    target: _Target, model: Model | None, embedding_key: str | None, *, image_key: str | None, device: str
+) -> str:
+    """Key of an embedding of the model's kind in the target's table, computed there if need be."""
+    table = target.table
+    trained = model.record["embedding"] if model is not None and model.fitted else None
+    if trained is None:
+        if embedding_key is not None or image_key is None:
+            return embedding_key_of(table, embedding_key)
+        trained = {"key": "X_texture", "model": "texture"}
+    key = embedding_key or trained["key"]
+    if key not in table.obsm:
+        if trained.get("model", "custom") == "custom":
+            embedding_key_of(table, key)  # raises, and says what to call
+        embed(
+            target.work, image_key=image_key, table_key=target.table_key, key_added=key, device=device, **_recipe(trained)
+        )
+        target.embedded = True
+    found = embedding_record(table, key)
+    differing = [k for k in trained if k != "key" and found.get(k) != trained[k]]
+    if differing:
+        raise ValueError(
+            f'obsm["{key}"] is not the embedding that the model was fitted on: '
+            + "; ".join(f"{k} is {found.get(k)!r}, not {trained[k]!r}" for k in differing)
+            + ". Name another embedding_key=, or remove it to have the right one computed from the image."
+        )
+    return key
+
+
+def _recipe(trained: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`stgen.pp.embed` must be told to embed as it did for the training tissue."""
+    recipe = {"model": trained["model"]}
+    if "+" not in trained["model"] and "patch_um" in trained:  # several encoders have their own default patches
+        recipe["patch_um"] = [float(side) for side in str(trained["patch_um"]).split(",")]
+        recipe["patch_px"] = int(trained["patch_px"])
+    return recipe
+
+
+def _write(
+    data: SpatialData | AnnData,
+    target: _Target,
+    samples: np.ndarray,
+    genes: list[str],
+    entry: dict[str, Any],
+    *,
+    key_added: str,
+    as_layers: bool,
+    embedding_key: str,
+    keep_samples: bool,
+    overwrite: bool,
+) -> None:
+    """Put the finished result into the user's object."""
+    values = {key_added: STATISTICS[entry["statistic"]](samples).astype(np.float32)}
+    if samples.shape[1] > 1:
+        values[f"{key_added}_std"] = samples.std(1)  # of centered noise: the population form is unbiased
+    table = target.user_table
+    if not as_layers:
+        table = AnnData(values.pop(key_added), obs=target.table.obs.copy(), var=pd.DataFrame(index=genes))
+        table.layers.update(values)
+        table.uns["spatialdata_attrs"] = target.table.uns["spatialdata_attrs"]
+    elif genes == list(table.var_names):
+        table.layers.update(values)
+        table.var[key_added] = True
+    else:
+        columns = table.var_names.get_indexer(genes)
+        for name, value in values.items():
+            full = np.full(table.shape, np.nan, np.float32)
+            full[:, columns] = value
+            table.layers[name] = full
+        table.var[key_added] = np.isin(np.arange(table.n_vars), columns)
+    if keep_samples:
+        table.obsm[f"{key_added}_samples"] = samples
+        entry = {**entry, "sample_genes": "\n".join(genes)}
+    if target.embedded or not as_layers:
+        table.obsm[embedding_key] = target.table.obsm[embedding_key]
+        record(table, embedding_key, target.table.uns.get("stgen", {}).get(embedding_key, {}))
+    record(table, key_added, entry)
+    where = f'layers["{key_added}"]' if as_layers else f'sdata.tables["{key_added}"]'
+    if not as_layers:
+        if target.new_shapes:
+            data.shapes[target.shapes_key] = target.work.shapes[target.shapes_key]
+        if overwrite and key_added in data.tables:
+            del data.tables[key_added]
+        data.tables[key_added] = table
+    hint = "adata.write_zarr(path)" if isinstance(data, AnnData) else "sdata.write(path)"
+    logger.info("predicted %d genes at %d locations into %s; %s saves it.", len(genes), len(samples), where, hint)

@@ -1,0 +1,135 @@
+"""Scores of several models side by side, every gene a point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from stgen.tl import Scores
+
+__all__ = ["scores"]
+
+MEANING = {
+    "PCC": "Pearson correlation per gene (PCC)",
+    "RVD": "relative variance distance per gene (RVD)",
+    "RVD_sample": "relative variance distance per gene, single samples (RVD)",
+    "CRPS": "continuous ranked probability score per gene (CRPS)",
+}
+
+
+def scores(
+    scores: Mapping[str, Scores] | pd.DataFrame, *, metric: str = "PCC", color: str = "C0", ax: Axes | None = None
+) -> Axes:
+    """Draw the scores of all genes for each model, the best model on top.
+
+    Every gene is a point, the box holds the middle half of them, and the number is their average.
+
+    Parameters
+    ----------
+    scores
+        Names of the models and what :func:`stgen.tl.evaluate` returned for each; or a table with one column per model
+        and one row per gene, which holds the metric.
+    metric
+        Column of ``Scores.genes``, such as ``"PCC"``, ``"RMSE"``, ``"RVD"`` or ``"coverage_90%"``. Higher is better for PCC,
+        closer to the dashed line for coverage, and lower for everything else.
+    color
+        Color of the points.
+    ax
+        Axes to draw into; by default a new figure.
+
+    Returns
+    -------
+    The Axes. Its y tick labels are the models, the best first.
+
+    Raises
+    ------
+    KeyError
+        If a model does not have the metric.
+    ValueError
+        If there is nothing to draw.
+    TypeError
+        If ``scores`` is neither of the two.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from stgen import pl
+    >>> ax = pl.scores(pd.DataFrame({"mean": [0.0, 0.0], "probe": [0.4, 0.6]}, index=["EPCAM", "CD3E"]))
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['probe', 'mean']
+    """
+    columns = _columns(scores, metric)
+    nominal = float(metric.removeprefix("coverage_").rstrip("%")) / 100 if metric.startswith("coverage_") else None
+    columns = dict(sorted(columns.items(), key=lambda item: _rank(item[1], metric, nominal)))
+    if ax is None:
+        figure, ax = plt.subplots(figsize=(5.5, 0.9 + 0.45 * len(columns)), layout="constrained")
+    reference = 0.0 if metric == "PCC" else nominal
+    if reference is not None:
+        ax.axvline(reference, color="0.4", lw=1, ls="--", zorder=0)
+    for row, values in enumerate(columns.values()):
+        jitter = np.random.default_rng(row).uniform(-0.28, 0.28, len(values))
+        ax.scatter(values, row + jitter, s=9, color=color, alpha=0.45, linewidths=0, zorder=1)
+    ax.boxplot(
+        list(columns.values()), positions=range(len(columns)), vert=False, widths=0.6, showfliers=False, zorder=2,
+        boxprops={"color": "0.15"}, whiskerprops={"color": "0.15"}, capprops={"color": "0.15"},
+        medianprops={"color": "black", "lw": 2},
+    )  # fmt: skip
+    for row, values in enumerate(columns.values()):
+        ax.annotate(
+            f"{values.mean():.3f}", (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize="small",
+        )  # fmt: skip
+    ax.annotate(
+        "average",
+        (1, 1),
+        xycoords="axes fraction",
+        xytext=(6, 2),
+        textcoords="offset points",
+        va="bottom",
+        fontsize="small",
+    )
+    ax.set_yticks(range(len(columns)), list(columns))
+    ax.set_ylim(len(columns) - 0.5, -0.5)
+    ax.set_xlabel(_label(metric, nominal))
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _columns(scores: Mapping[str, Scores] | pd.DataFrame, metric: str) -> dict[str, np.ndarray]:
+    """The metric of all genes, model by model, NaN left out."""
+    if isinstance(scores, pd.DataFrame):
+        columns = {str(name): scores[name] for name in scores}
+    elif isinstance(scores, Mapping) and all(isinstance(value, Scores) for value in scores.values()):
+        for name, value in scores.items():
+            if metric not in value.genes:
+                raise KeyError(f"the scores of {name!r} have no {metric!r}; they have {', '.join(value.genes)}.")
+        columns = {name: value.genes[metric] for name, value in scores.items()}
+    else:
+        raise TypeError(
+            f"`scores` must map names to results of tl.evaluate, or be a DataFrame (genes, models); found "
+            f'{type(scores).__name__}. For a single model: pl.scores({{"model": tl.evaluate(data)}}).'
+        )
+    columns = {name: values.dropna().to_numpy(float) for name, values in columns.items()}
+    empty = [name for name, values in columns.items() if len(values) == 0]
+    if empty or not columns:
+        raise ValueError(f"no gene has a score to draw{' for ' + ', '.join(empty) if empty else ''}.")
+    return columns
+
+
+def _rank(values: np.ndarray, metric: str, nominal: float | None) -> float:
+    """Smaller is better."""
+    if nominal is not None:
+        return abs(values.mean() - nominal)
+    return -values.mean() if metric == "PCC" else values.mean()
+
+
+def _label(metric: str, nominal: float | None) -> str:
+    if nominal is not None:
+        return f"share of locations inside the {nominal:.0%} interval, per gene"
+    return MEANING.get(
+        metric, f"{metric} per gene, in units of expression" if metric in ("RMSE", "MAE") else f"{metric} per gene"
+    )

@@ -1,0 +1,241 @@
+"""One histology embedding per location."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from anndata import AnnData
+from spatialdata import SpatialData
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stgen._io import Section, check_new_key, get_section, get_table, provenance, record, shallow_copy
+from stgen.data import dihedral
+from stgen.pp._alignment import check_section, known_scales
+from stgen.pp._encoders import Encoder, get_encoders, name_of
+
+__all__ = ["embed"]
+
+logger = logging.getLogger("stgen")
+
+
+def embed(
+    data: SpatialData | AnnData,
+    *,
+    image_key: str | None = None,
+    model: str | Callable[[Tensor], Tensor] | Sequence[str | Callable[[Tensor], Tensor]] = "texture",
+    patch_um: float | Sequence[float] | None = None,
+    patch_px: int | None = None,
+    mpp: float | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    coordinate_system: str | None = None,
+    key_added: str | None = None,
+    views: int = 1,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    copy: bool = False,
+) -> SpatialData | AnnData | None:
+    """Embed the histology around every location of a table.
+
+    Square patches centered on the locations (spots, cells or grid tiles) are read lazily from the image, at
+    ``patch_um / patch_px`` µm per pixel, and turned into vectors.
+
+    Parameters
+    ----------
+    data
+        SpatialData, or AnnData that follows the scanpy/squidpy Visium convention.
+    image_key
+        Image to read; None if there is one (SpatialData) or for ``"hires"`` (AnnData).
+    model
+        - ``"texture"``: color-deconvolved stain statistics, texture at several scales and nuclear features in discs
+          of 128, 256, 512 and 1,024 µm. Needs no download and no GPU. The same for all rotations and reflections.
+        - the name of a pathology encoder of lazyslide-models, such as ``"uni2"``, ``"virchow2"`` or ``"h-optimus-1"``
+          (``pip install "stgen[encoders]"``).
+        - any callable or ``torch.nn.Module`` that takes float tensors ``(n, c, h, w)`` in [0, 1], c = 3 for H&E, and
+          returns ``(n, d)``. It is moved to ``device`` and called in evaluation mode.
+        - several of these, as a sequence or joined by ``"+"``: their embeddings are concatenated in that order. Stem
+          uses UNI and CONCH: ``"uni+conch-madeleine"``, the second being CONCH before its text projection.
+    patch_um
+        Side of a patch in µm; default 112, and 128, 256, 512 and 1,024 for ``"texture"``. Several sides are
+        concatenated.
+    patch_px
+        Side of a patch in pixels as the model gets it; default 128 for ``"texture"``, else what the encoder was
+        trained on, 224 if it does not say.
+    mpp
+        µm per pixel, if the data do not say: of the image's finest level (SpatialData) or of the full-resolution image
+        that ``obsm["spatial"]`` refers to (AnnData).
+    table_key, shapes_key
+        Which table, and which of the elements that it annotates; None where there is one candidate.
+    coordinate_system
+        Where image and locations meet; None picks a micrometer one, then "global".
+    key_added
+        Key of the result; default ``f"X_{model}"``.
+    views
+        8 to embed all rotations and reflections of each patch too, for augmentation.
+    batch_size
+        Patches per step.
+    device
+        Where the model runs; default a GPU if there is one.
+    overwrite
+        Whether an existing key may be replaced.
+    copy
+        Whether to return a changed copy and leave ``data`` alone.
+
+    Returns
+    -------
+    None, or the copy. Writes to the table:
+
+    - ``obsm[key_added]``: float32 embedding ``(n_obs, d)``, without a unit.
+    - ``obsm[f"{key_added}_views"]``, with ``views=8``: float32 ``(n_obs, 8, d)`` in the order of
+      :func:`stgen.data.dihedral`; view 0 equals ``obsm[key_added]``.
+    - ``uns["stgen"][key_added]``: model, patch sizes (µm), µm per pixel of the image, version.
+
+    Raises
+    ------
+    KeyError, ValueError, TypeError
+        Missing image or coordinates, locations that do not fit the image, unknown model, existing key; before any work.
+    ImportError
+        An encoder is named and lazyslide-models is not installed.
+
+    Examples
+    --------
+    >>> import stgen
+    >>> sdata = stgen.datasets.simulated_section()
+    >>> stgen.pp.embed(sdata, table_key="spot_counts")
+    >>> sdata["spot_counts"].obsm["X_texture"].shape[0] == sdata["spot_counts"].n_obs
+    True
+    """
+    if views not in (1, 8):
+        raise ValueError(f"`views` must be 1 or 8, found {views!r}.")
+    if isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, found {batch_size!r}.")
+    where = {"table_key": table_key, "shapes_key": shapes_key}
+    device = _device(device)
+    section = get_section(
+        data, image_key=image_key, mpp=mpp, coordinate_system=coordinate_system, need_image=True, **where
+    )
+    named = model is not None and not isinstance(model, list | tuple)
+    if key_added is None:
+        parts = [model] if named else list(model or [])
+        key_added = "X_" + "_".join(_label(part) for part in parts)
+    check_new_key(section.table.obsm, key_added, overwrite=overwrite, what="obsm")
+    if views == 8:
+        check_new_key(section.table.obsm, f"{key_added}_views", overwrite=overwrite, what="obsm")
+    check_section(section, scales=known_scales(data))
+    encoders = get_encoders(model, patch_um=patch_um, patch_px=patch_px, device=device)
+
+    finest = min(size / encoder.patch_px for encoder in encoders for size in encoder.sizes_um)
+    if section.image.mpp > 2 * finest:
+        logger.warning(
+            "The image %r has %.3g µm per pixel, patches are read at %.3g: they are enlarged and carry less detail than "
+            "the model expects. Use the full-resolution image, or larger patches (patch_um=).",
+            section.image_key,
+            section.image.mpp,
+            finest,
+        )
+
+    features = _run(section, encoders, views=views, batch_size=batch_size)
+
+    result = (
+        data
+        if not copy
+        else data.copy()
+        if isinstance(data, AnnData)
+        else shallow_copy(data, table_key=section.table_key)
+    )
+    table = get_table(result, **where)
+    table.obsm[key_added] = np.ascontiguousarray(features[:, 0])
+    if views == 8:
+        table.obsm[f"{key_added}_views"] = features
+    elif f"{key_added}_views" in table.obsm:
+        del table.obsm[f"{key_added}_views"]
+    entry = provenance(
+        "pp.embed",
+        model="+".join(encoder.name for encoder in encoders),
+        patch_um=_values([encoder.sizes_um for encoder in encoders]),
+        patch_px=_values([(encoder.patch_px,) for encoder in encoders]),
+        image_key=section.image_key,
+        image_mpp=section.image.mpp,
+        n_features=features.shape[2],
+        views=views,
+    )
+    record(table, key_added, entry)
+    logger.info(
+        "Embedded %d locations: obsm[%r]%s, %d features, float32.",
+        len(features),
+        key_added,
+        f" and obsm[{key_added + '_views'!r}]" if views == 8 else "",
+        features.shape[2],
+    )
+    return result if copy else None
+
+
+def _label(model: object) -> str:
+    if isinstance(model, str):
+        return "_".join(part.strip() for part in model.split("+"))
+    return name_of(model)
+
+
+def _values(groups: Sequence[tuple[float, ...]]) -> float | str:
+    values = [value for group in groups for value in group]
+    return values[0] if len(values) == 1 else ", ".join(f"{value:g}" for value in values)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f'There is no device {str(device)!r} here ({error}); pass device="cpu", or None to choose.'
+        ) from error
+    return device
+
+
+@torch.no_grad()
+def _run(section: Section, encoders: Sequence[Encoder], *, views: int, batch_size: int) -> np.ndarray:
+    """Features (n, views, d) of all encoders and patch sizes, concatenated."""
+    n = len(section.xy_px)
+    steps = sum(len(encoder.sizes_um) for encoder in encoders)
+    parts: list[np.ndarray] = []
+    with tqdm(total=n * steps, desc="embed", unit="patch", leave=False) as bar:
+        for encoder in encoders:
+            for size_um in encoder.sizes_um:
+                part: np.ndarray | None = None
+                patches = section.image.patches(
+                    section.xy_px, size_um=size_um, out_px=encoder.patch_px, batch_size=batch_size
+                )
+                for rows, values in patches:
+                    seen = _views(encoder, torch.from_numpy(values), size_um / encoder.patch_px, views)
+                    if part is None:
+                        part = np.empty((n, views, seen.shape[2]), dtype=np.float32)
+                    part[rows] = seen
+                    bar.update(len(rows))
+                parts.append(part)
+    return np.concatenate(parts, axis=2)
+
+
+def _views(encoder: Encoder, patches: Tensor, mpp: float, views: int) -> np.ndarray:
+    if encoder.invariant:
+        return np.repeat(_encode(encoder, patches, mpp)[:, None], views, axis=1)
+    return np.stack([_encode(encoder, dihedral(patches, view), mpp) for view in range(views)], axis=1)
+
+
+def _encode(encoder: Encoder, patches: Tensor, mpp: float) -> np.ndarray:
+    out = encoder.encode(patches.contiguous(), mpp)
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(patches):
+        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"The model {encoder.name!r} must return a tensor (n, d) for n = {len(patches)} patches; found {found}."
+        )
+    out = out.detach().float().cpu().numpy()
+    if not np.isfinite(out).all():
+        raise ValueError(f"The model {encoder.name!r} returned NaN or infinite values.")
+    return out
