@@ -366,6 +366,12 @@ def test_unknown_encoders_are_refused_with_similar_names(lazyslide):
         stgen.pp.embed(section(), model="instanseg", mpp=MPP)
 
 
+def test_encoders_need_rgb(lazyslide):
+    stains = np.concatenate([stained(), stained(seed=1)[:1]])
+    with pytest.raises(ValueError, match="has 4 channels"):
+        stgen.pp.embed(section(stains), model="uni", mpp=MPP)
+
+
 def test_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lazyslide_models", None)
     with pytest.raises(ImportError, match=r'pip install "stgen\[encoders\]"'):

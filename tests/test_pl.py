@@ -14,7 +14,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
 from stgen import models, pl, tl
-from stgen._io import provenance, record
+from stgen._results import provenance, record
 from stgen.transforms import transform_counts, unit
 
 mpl.use("Agg")
@@ -94,11 +94,11 @@ def test_maps_share_limits_between_measured_and_predicted(sdata: SpatialData) ->
     axes = pl.maps(sdata, ["A", "B"], keys=["stem", "probe"], quantiles=(0.1, 0.9))
     assert [ax.get_title() for ax in axes[0]] == ["measured", "stem", "probe", "stem: spread"]
     for row in axes:
-        shown = np.concatenate([discs(ax).get_array() for ax in row[:3]])
+        shown = np.concatenate([discs(ax).get_array().data for ax in row[:3]])
         limits = {discs(ax).get_clim() for ax in row[:3]}
         assert limits == {tuple(np.quantile(shown, (0.1, 0.9)))}
         spread = discs(row[3])
-        assert spread.get_clim() == (0, np.quantile(spread.get_array(), 0.9))
+        assert spread.get_clim() == (0, np.quantile(spread.get_array().data, 0.9))
         assert spread.get_cmap().name != discs(row[0]).get_cmap().name
     assert discs(axes[0, 0]).get_clim() != discs(axes[1, 0]).get_clim()  # each gene has its own
 

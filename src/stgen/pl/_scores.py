@@ -66,37 +66,36 @@ def scores(
     nominal = float(metric.removeprefix("coverage_").rstrip("%")) / 100 if metric.startswith("coverage_") else None
     columns = dict(sorted(columns.items(), key=lambda item: _rank(item[1], metric, nominal)))
     if ax is None:
-        figure, ax = plt.subplots(figsize=(5.5, 0.9 + 0.45 * len(columns)), layout="constrained")
+        ax = plt.subplots(figsize=(5.5, 0.9 + 0.45 * len(columns)), layout="constrained")[1]
     reference = 0.0 if metric == "PCC" else nominal
     if reference is not None:
         ax.axvline(reference, color="0.4", lw=1, ls="--", zorder=0)
     for row, values in enumerate(columns.values()):
         jitter = np.random.default_rng(row).uniform(-0.28, 0.28, len(values))
         ax.scatter(values, row + jitter, s=9, color=color, alpha=0.45, linewidths=0, zorder=1)
-    ax.boxplot(
-        list(columns.values()), positions=range(len(columns)), vert=False, widths=0.6, showfliers=False, zorder=2,
-        boxprops={"color": "0.15"}, whiskerprops={"color": "0.15"}, capprops={"color": "0.15"},
-        medianprops={"color": "black", "lw": 2},
-    )  # fmt: skip
+        _box(ax, row, values)
     for row, values in enumerate(columns.values()):
         ax.annotate(
             f"{values.mean():.3f}", (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
             textcoords="offset points", va="center", fontsize="small",
         )  # fmt: skip
-    ax.annotate(
-        "average",
-        (1, 1),
-        xycoords="axes fraction",
-        xytext=(6, 2),
-        textcoords="offset points",
-        va="bottom",
-        fontsize="small",
-    )
+    above = {"xytext": (6, 2), "textcoords": "offset points", "va": "bottom", "fontsize": "small"}
+    ax.annotate("average", (1, 1), xycoords="axes fraction", **above)
+    ax.use_sticky_edges = False  # room beside boxes that touch the limit
     ax.set_yticks(range(len(columns)), list(columns))
     ax.set_ylim(len(columns) - 0.5, -0.5)
     ax.set_xlabel(_label(metric, nominal))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _box(ax: Axes, row: int, values: np.ndarray) -> None:
+    """A horizontal box from quartile to quartile, whiskers to the last points within 1.5 times its length."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    inside = values[(values >= low - 1.5 * (high - low)) & (values <= high + 1.5 * (high - low))]
+    ax.barh(row, high - low, left=low, height=0.56, facecolor="none", edgecolor="0.15", zorder=2)
+    ax.hlines([row, row], [inside.min(), high], [low, inside.max()], color="0.15", lw=1, zorder=2)
+    ax.vlines(middle, row - 0.28, row + 0.28, color="black", lw=2.5, zorder=3)
 
 
 def _columns(scores: Mapping[str, Scores] | pd.DataFrame, metric: str) -> dict[str, np.ndarray]:

@@ -131,10 +131,9 @@ def tissue_mask(image: Histology, *, mpp: float | None = None) -> tuple[np.ndarr
         signal = -np.log(np.clip(thumbnail.min(0), 1 / 255, 1))
         low, high = 0.08, 0.35
     else:
-        top = np.quantile(thumbnail, 0.995, axis=(1, 2))
-        top = np.maximum(top, max(0.2 * top.max(), 1e-6))  # noise in an empty channel is no tissue
-        signal = (thumbnail / top[:, None, None]).max(0)
-        low, high = 0.05, 0.5
+        signal = thumbnail.mean(0)
+        signal = signal / max(float(np.quantile(signal, 0.995)), 1e-6)
+        low, high = 0.05, 0.2
     signal = ndimage.gaussian_filter(signal, 1.0)
     threshold = threshold_otsu(signal) if np.ptp(signal) > 1e-6 else low
     return signal > np.clip(threshold, low, high), longest / max(thumbnail.shape[1:])

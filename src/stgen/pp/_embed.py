@@ -129,6 +129,12 @@ def embed(
     check_section(section, scales=known_scales(data))
     encoders = get_encoders(model, patch_um=patch_um, patch_px=patch_px, device=device)
 
+    if section.image.n_channels != 3 and any(encoder.rgb_only for encoder in encoders):
+        raise ValueError(
+            f"The image {section.image_key!r} has {section.image.n_channels} channels "
+            f"({', '.join(section.image.channels[:6])}); encoders of pathology models need the three of H&E. Pass another "
+            'image_key=, or model="texture".'
+        )
     finest = min(size / encoder.patch_px for encoder in encoders for size in encoder.sizes_um)
     if section.image.mpp > 2 * finest:
         logger.warning(

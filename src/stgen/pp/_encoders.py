@@ -28,6 +28,7 @@ class Encoder:
     patch_px: int
     encode: Callable[[Tensor, float], Tensor]  # patches (n, c, s, s) in [0, 1] and µm per pixel -> (n, d)
     invariant: bool = False  # whether the eight dihedral views are one by construction
+    rgb_only: bool = False
 
 
 def get_encoders(
@@ -64,7 +65,8 @@ def get_encoders(
                 f'`model` must be "texture", the name of an encoder, or a callable on (n, 3, h, w) tensors; found '
                 f"{type(part).__name__}."
             )
-        encoders.append(Encoder(name, sizes or (_PATCH_UM,), patch_px or native or _PATCH_PX, encode))
+        side = patch_px or native or _PATCH_PX
+        encoders.append(Encoder(name, sizes or (_PATCH_UM,), side, encode, rgb_only=isinstance(part, str)))
     return encoders
 
 
