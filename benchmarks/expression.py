@@ -62,8 +62,10 @@ def run(protocol: str, scale: str, model_name: str, seed: int, n_samples: int, s
     train = {name: section(spec["reader"], name) for name in spec["train"]}
     test = section(spec["reader"], spec["test"])
     shared = set(test.var_names)
-    genes = [g for g in pp.select_genes(train, 2 * spec["n_genes"], flavor="mean_var", key_added=None) if g in shared]
-    genes = genes[: spec["n_genes"]]
+    ranked = pp.select_genes(
+        train, 2 * spec["n_genes"], flavor="mean_var", transform=SCALES[scale], exclude=None, key_added=None
+    )
+    genes = [gene for gene in ranked if gene in shared][: spec["n_genes"]]
     model = MODELS[model_name](genes, embedding_dim=test.obsm["X_texture"].shape[1], transform=SCALES[scale])
     load = os.getloadavg()[0]
     start = time.perf_counter()

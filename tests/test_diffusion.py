@@ -227,6 +227,16 @@ def test_variational_term_is_the_kl_divergence_of_two_gaussians_in_bits():
     assert float(found) == pytest.approx(float(expected.mean()) / math.log(2))
 
 
+def test_variational_term_has_nothing_to_say_at_the_first_level():
+    """The true step from there has no variance, and continuous data no likelihood."""
+    diffusion = Diffusion(learned_variance=True)
+    x, fraction = random(2, 3), torch.full((2, 3), 0.5).double().requires_grad_()
+    term = diffusion.variational_term(x + 9, fraction, x, x, levels(0, 0))
+    term.backward()
+    assert float(term) == 0
+    assert (fraction.grad == 0).all()
+
+
 def test_variational_term_teaches_only_the_variance():
     x_0 = random(64, 3, dtype=torch.float32)
     gradients = {}

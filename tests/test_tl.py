@@ -430,7 +430,7 @@ def test_missing_image_is_named(section, sections, genes):
     del section["spot_counts"].obsm["X_colors"]
     model = models.LinearProbe(genes, embedding_dim=12)
     tl.fit(model, sections["patient 0"])
-    model.record["embedding"]["model"] = "texture"
+    model.record["embedding"] |= {"model": "texture", "by_name": True}
     with pytest.raises(KeyError, match="nosuch"):
         tl.predict_expression(section, model=model, image_key="nosuch", **QUIET)
     assert "X_colors" not in section["spot_counts"].obsm

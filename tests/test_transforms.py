@@ -11,7 +11,9 @@ TOTAL = COUNTS.sum(1) + 5
 
 
 def test_normalized_is_that_of_scanpy():
-    adata = sc.AnnData(np.column_stack([COUNTS, np.full(20, 5)]).astype(np.float32))  # all genes, the modeled ones first
+    adata = sc.AnnData(
+        np.column_stack([COUNTS, np.full(20, 5)]).astype(np.float32)
+    )  # all genes, the modeled ones first
     sc.pp.normalize_total(adata, target_sum=1e4)
     sc.pp.log1p(adata)
     np.testing.assert_allclose(transform_counts(COUNTS, TOTAL, "log1p_norm"), adata.X[:, :7], rtol=1e-5)

@@ -138,7 +138,9 @@ class Model(nn.Module, ABC):
         try:
             model = cls(**content["config"])
         except TypeError as error:
-            raise ValueError(f"the configuration in {Path(folder) / CONFIG} is not a {cls.__name__}'s: {error}") from error
+            raise ValueError(
+                f"the configuration in {Path(folder) / CONFIG} is not a {cls.__name__}'s: {error}"
+            ) from error
         try:
             model.load_state_dict(load_file(Path(folder) / WEIGHTS))
         except (RuntimeError, SafetensorError) as error:

@@ -93,7 +93,8 @@ def embed(
     - ``obsm[key_added]``: float32 embedding ``(n_obs, d)``, without a unit.
     - ``obsm[f"{key_added}_views"]``, with ``views=8``: float32 ``(n_obs, 8, d)`` in the order of
       :func:`stgen.data.dihedral`; view 0 equals ``obsm[key_added]``.
-    - ``uns["stgen"][key_added]``: model, patch sizes (µm), µm per pixel of the image, version.
+    - ``uns["stgen"][key_added]``: model and whether its name is enough to embed again, patch sizes (µm), µm per pixel of
+      the image, version.
 
     Raises
     ------
@@ -119,9 +120,8 @@ def embed(
     section = get_section(
         data, image_key=image_key, mpp=mpp, coordinate_system=coordinate_system, need_image=True, **where
     )
-    named = model is not None and not isinstance(model, list | tuple)
+    parts = list(model or []) if model is None or isinstance(model, list | tuple) else [model]
     if key_added is None:
-        parts = [model] if named else list(model or [])
         key_added = "X_" + "_".join(_label(part) for part in parts)
     check_new_key(section.table.obsm, key_added, overwrite=overwrite, what="obsm")
     if views == 8:
@@ -169,6 +169,7 @@ def embed(
         image_mpp=section.image.mpp,
         n_features=features.shape[2],
         views=views,
+        by_name=all(isinstance(part, str) for part in parts),
     )
     record(table, key_added, entry)
     logger.info(

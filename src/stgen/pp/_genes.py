@@ -29,6 +29,7 @@ def select_genes(
     flavor: Literal["hmhvg", "hvg", "deg", "mean_var"] = "hmhvg",
     groupby: str | None = None,
     exclude: str | None = _MITOCHONDRIAL_OR_RIBOSOMAL,
+    transform: Literal["log1p_norm", "log1p_raw"] = "log1p_norm",
     layer: str | None = None,
     table_key: str | None = None,
     key_added: str | None = "genes",
@@ -52,12 +53,13 @@ def select_genes(
         - ``"hvg"``: the highly variable genes with the highest mean count.
         - ``"deg"``: genes that tell the groups of ``groupby`` apart (t-test of each group against the rest), taken in
           turn from the top of each group's list.
-        - ``"mean_var"``: as ``"hmhvg"``, of all genes, with mean and variance of log1p of counts scaled to 10,000 per
-          location.
+        - ``"mean_var"``: as ``"hmhvg"``, of all genes, with mean and variance on the scale ``transform``.
     groupby
         Column of ``obs`` with the groups for ``"deg"``, annotated regions or clusters.
     exclude
         Regular expression of names to leave out: mitochondrial (``MT-``) and ribosomal genes. None keeps all.
+    transform
+        Scale of ``"mean_var"``, see :func:`stgen.transforms.transform_counts`.
     layer
         Layer with the counts; default ``X``.
     table_key
@@ -86,6 +88,8 @@ def select_genes(
     """
     if flavor not in ("hmhvg", "hvg", "deg", "mean_var"):
         raise ValueError(f'`flavor` must be "hmhvg", "hvg", "deg" or "mean_var", found {flavor!r}.')
+    if transform not in ("log1p_norm", "log1p_raw"):
+        raise ValueError(f'`transform` must be "log1p_norm" or "log1p_raw", found {transform!r}.')
     if flavor == "deg" and groupby is None:
         raise ValueError('flavor="deg" compares groups: pass groupby=<column of obs>.')
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
@@ -112,7 +116,8 @@ def select_genes(
         eligible = np.ones(len(shared), dtype=bool)
         if flavor in ("hmhvg", "hvg"):
             eligible = np.any([_highly_variable(x, shared) for x in normalized], axis=0)
-        mean, variance = _moments(sparse.vstack(normalized if flavor == "mean_var" else counts))
+        scaled = counts if flavor != "mean_var" else normalized if transform == "log1p_norm" else map(np.log1p, counts)
+        mean, variance = _moments(sparse.vstack(list(scaled)))
         rank = _rank(mean) if flavor == "hvg" else np.maximum(_rank(mean[eligible]), _rank(variance[eligible]))
         rank = rank[eligible] if flavor == "hvg" else rank
         names = list(shared[eligible][np.argsort(rank, kind="stable")][:n])

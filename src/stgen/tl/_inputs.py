@@ -51,7 +51,7 @@ def embedding_key_of(table: AnnData, embedding_key: str | None) -> str:
 def embedding_record(table: AnnData, key: str) -> dict[str, Any]:
     """What identifies an embedding, so that a model is never applied to another kind: its recipe, or its width."""
     entry = table.uns.get("stgen", {}).get(key, {})
-    recipe = {k: entry[k] for k in ("model", "patch_um", "patch_px") if k in entry}
+    recipe = {k: entry[k] for k in ("model", "patch_um", "patch_px", "by_name") if k in entry}
     recipe = {k: v.item() if isinstance(v, np.generic) else v for k, v in recipe.items()}
     values = np.asarray(table.obsm[key])
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number) or not np.isfinite(values).all():

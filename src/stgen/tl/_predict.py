@@ -381,10 +381,10 @@ def _embedding(
     if trained is None:
         if embedding_key is not None or image_key is None:
             return embedding_key_of(table, embedding_key)
-        trained = {"key": "X_texture", "model": "texture"}
+        trained = {"key": "X_texture", "model": "texture", "by_name": True}
     key = embedding_key or trained["key"]
     if key not in table.obsm:
-        if trained.get("model", "custom") == "custom":
+        if embedding_key is not None or not trained.get("by_name", False):
             embedding_key_of(table, key)  # raises, and says what to call
         embed(
             target.work, image_key=image_key, table_key=target.table_key, key_added=key, device=device, **_recipe(trained)
@@ -432,10 +432,13 @@ def _write(
         table = AnnData(values.pop(key_added), obs=target.table.obs.copy(), var=pd.DataFrame(index=genes))
         table.layers.update(values)
         table.uns["spatialdata_attrs"] = target.table.uns["spatialdata_attrs"]
-    elif genes == list(table.var_names):
+    else:
+        for container, name in ((table.layers, f"{key_added}_std"), (table.obsm, f"{key_added}_samples")):
+            container.pop(name, None)  # of an earlier result of the same name
+    if as_layers and genes == list(table.var_names):
         table.layers.update(values)
         table.var[key_added] = True
-    else:
+    elif as_layers:
         columns = table.var_names.get_indexer(genes)
         for name, value in values.items():
             full = np.full(table.shape, np.nan, np.float32)
