@@ -96,6 +96,7 @@ def test_every_row_is_seen_equally_often(batch_size):
     assert Counter(rows) == dict.fromkeys(range(10), batch_size)
     for epoch in range(batch_size):
         assert sorted(rows[10 * epoch : 10 * (epoch + 1)]) == list(range(10))
+    assert batch_size == 1 or rows[:10] != rows[10:20]  # in another order each time
 
 
 def test_views_are_drawn_evenly():

@@ -301,9 +301,10 @@ class Task(Enum):
 
 
 class TinyEncoder:
-    """Has what ImageModel of lazyslide-models has: encode_image, get_transform, to."""
+    """Has what ImageModel of lazyslide-models has: encode_image, get_transform, to, and what its registry adds."""
 
     task = Task.vision
+    input_constraint = None
     img_size = (32, 32)
     weight = 1.0
     devices: list = []
@@ -315,7 +316,7 @@ class TinyEncoder:
     def get_transform(self):
         def transform(image):
             assert image.dtype == torch.uint8  # torchvision's ToDtype(scale=True) expects integers
-            assert image.shape == (3, 32, 32)
+            assert image.shape == (3, *self.img_size)
             return (image.float() / 255 - 0.5) / 0.25
 
         return transform
@@ -330,16 +331,37 @@ class Doubled(TinyEncoder):
     weight = 2.0
 
 
+class Large:
+    """Says only in the registry what it needs, like TITAN, and preprocesses by itself, like Phikon."""
+
+    task = [Task.multimodal, Task.segmentation]
+    input_constraint = types.SimpleNamespace(min=48, max=None, divisible_by=None)
+
+    def to(self, device):
+        return self
+
+    def get_transform(self):
+        return None
+
+    def encode_image(self, image):
+        assert image.dtype == torch.uint8
+        assert image.shape[1:] == (3, 48, 48)
+        return (image / 255).mean((2, 3)).numpy()  # as numpy and as tensor: both occur
+
+
 class Segmenter:
     task = Task.segmentation
+    input_constraint = None
 
 
 @pytest.fixture
 def lazyslide(monkeypatch):
     module = types.ModuleType("lazyslide_models")
-    module.MODEL_REGISTRY = {"uni": TinyEncoder, "conch": Doubled, "instanseg": Segmenter}
+    module.MODEL_REGISTRY = {"uni": TinyEncoder, "conch": Doubled, "titan": Large, "instanseg": Segmenter}
     module.list_models = lambda task=None: [
-        key for key, card in module.MODEL_REGISTRY.items() if task is None or card.task.value == task
+        key
+        for key, card in module.MODEL_REGISTRY.items()
+        if task is None or Task(task) in (card.task if isinstance(card.task, list) else [card.task])
     ]
     monkeypatch.setitem(sys.modules, "lazyslide_models", module)
     return module
@@ -357,6 +379,14 @@ def test_encoders_are_concatenated_in_order(lazyslide):
     entry = sdata["t"].uns["stgen"]["X_uni_conch"]
     assert entry["model"] == "uni+conch"
     assert entry["patch_px"] == "32, 32"
+
+
+def test_encoders_without_transform_or_size(lazyslide):
+    sdata = section()
+    stgen.pp.embed(sdata, model="titan", mpp=MPP, patch_um=64)
+    assert sdata["t"].uns["stgen"]["X_titan"]["patch_px"] == 48
+    stgen.pp.embed(sdata, model=mean_color, mpp=MPP, patch_um=64, patch_px=48)
+    np.testing.assert_allclose(sdata["t"].obsm["X_titan"], sdata["t"].obsm["X_mean_color"], atol=0.003)
 
 
 def test_unknown_encoders_are_refused_with_similar_names(lazyslide):

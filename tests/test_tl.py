@@ -48,7 +48,9 @@ def section(sections):
 
 def copied(sdata):
     tables = {key: table.copy() for key, table in sdata.tables.items()}
-    return sd.SpatialData(images=dict(sdata.images), shapes=dict(sdata.shapes), tables=tables, attrs=copy.deepcopy(sdata.attrs))
+    return sd.SpatialData(
+        images=dict(sdata.images), shapes=dict(sdata.shapes), tables=tables, attrs=copy.deepcopy(sdata.attrs)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,9 @@ def test_same_seed_same_samples_whatever_the_batch(section, stem, genes):
 def test_ancestral_sampling_does_not_depend_on_the_batch_either(section, stem, genes):
     adata = section["spot_counts"]
     for key, size in {"a": 7, "b": 64}.items():
-        tl.predict_expression(adata, model=stem, n_samples=2, steps=6, solver="ddpm", key_added=key, batch_size=size, **QUIET)
+        tl.predict_expression(
+            adata, model=stem, n_samples=2, steps=6, solver="ddpm", key_added=key, batch_size=size, **QUIET
+        )
     np.testing.assert_allclose(adata[:, genes].layers["a"], adata[:, genes].layers["b"], atol=1e-4)
 
 
@@ -127,7 +131,9 @@ def test_genes_can_be_chosen_and_keep_their_columns(section, stem, genes):
     adata = section["spot_counts"]
     tl.predict_expression(adata, model=stem, n_samples=2, steps=4, **QUIET)
     chosen = [genes[5], genes[2]]
-    tl.predict_expression(adata, model=stem, n_samples=2, steps=4, genes=chosen, key_added="two", keep_samples=True, **QUIET)
+    tl.predict_expression(
+        adata, model=stem, n_samples=2, steps=4, genes=chosen, key_added="two", keep_samples=True, **QUIET
+    )
     np.testing.assert_array_equal(adata[:, chosen].layers["two"], adata[:, chosen].layers["predicted"])
     assert adata.var["two"].sum() == 2
     scores = tl.evaluate(adata, key="two")  # samples are matched to the genes' own columns

@@ -316,6 +316,15 @@ def test_stopped_run_stays_stopped(monkeypatch, tmp_path):
     assert_same(weights(one), weights(two))
 
 
+def test_patience_outlives_the_process(monkeypatch, tmp_path):
+    """One evaluation without improvement before the restart and one after it make two."""
+    train, validation = runs.data()
+    scripted(monkeypatch, [1.0, 2.0, 3.0])
+    options = {**OPTIONS, "patience": 2, "checkpoint": tmp_path / "run"}
+    fit(small(), train, validation, **{**options, "steps": 8})
+    assert fit(small(), train, validation, **options)["validation"] == [1.0, 2.0, 3.0]
+
+
 def test_validation_is_the_same_question_each_time():
     """The same noise in every evaluation: a model that does not learn scores the same each time."""
     train, validation = runs.data()

@@ -71,8 +71,8 @@ def _section(seed: int) -> SpatialData:
 
 def _draw(test: SpatialData, table: pd.DataFrame) -> Figure:
     """Measured, predicted and spread for a few genes over the histology, with the scores below."""
-    figure = plt.figure(figsize=(13, 15.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[13, 2.5])
+    figure = plt.figure(figsize=(13, 12.5), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[10.5, 2])
     axes = upper.subplots(len(SHOWN), 4)
     for row in axes:
         row[0].imshow(test["he"].to_numpy().transpose(1, 2, 0))

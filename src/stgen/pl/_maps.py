@@ -349,9 +349,11 @@ def _draw_panel(
         ax.imshow(scene.image, extent=scene.extent, alpha=fade, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
     if values is not None:
         size = np.full(len(values), scene.diameter)
+        outline = 0.4 if column.panel == "error" and len(values) < 5000 else 0  # an error of zero is white
         discs = EllipseCollection(
             size, size, np.zeros(len(values)), units="xy", offsets=scene.xy, offset_transform=ax.transData,
-            array=values, cmap=cmaps[column.scale], norm=norms[column.scale], linewidths=0, rasterized=True,
+            array=values, cmap=cmaps[column.scale], norm=norms[column.scale], linewidths=outline, edgecolors="0.6",
+            rasterized=True,
         )  # fmt: skip
         ax.add_collection(discs, autolim=False)
     left, right, top, bottom = scene.window

@@ -126,5 +126,7 @@ def _from_lazyslide(name: str, device: torch.device) -> tuple[Callable[[Tensor, 
         return torch.as_tensor(encoder.encode_image(patches.to(device)))
 
     size = getattr(encoder, "img_size", None) or getattr(encoder, "image_size", None)
+    if size is None:  # the few that need more than 224 pixels and do not say so on the instance
+        size = getattr(getattr(card, "input_constraint", None), "min", None)
     size = size[-1] if isinstance(size, tuple | list) else size
     return encode, int(size) if size else None

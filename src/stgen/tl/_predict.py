@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from stgen import models
 from stgen._io import check_new_key, get_section, get_table, provenance, record, write_table
-from stgen.data import SpotData, group_folds
+from stgen.data import group_folds
 from stgen.models import Model
 from stgen.pp import embed, select_genes, tile_grid
 from stgen.tl._fit import Source, fit_arrays, gather, hold_out
@@ -30,8 +30,6 @@ __all__ = ["predict_expression"]
 logger = logging.getLogger("stgen")
 
 Statistic = Literal["mean", "median", "mode"]
-
-
 
 
 def predict_expression(
@@ -336,7 +334,9 @@ def _target(
     elif shapes_key not in data.shapes:
         raise KeyError(f"there are no shapes {shapes_key!r}; found {', '.join(data.shapes) or 'none'}.")
     else:
-        write_table(work, key_added, AnnData(obs=pd.DataFrame(index=data[shapes_key].index.astype(str))), region=shapes_key)
+        write_table(
+            work, key_added, AnnData(obs=pd.DataFrame(index=data[shapes_key].index.astype(str))), region=shapes_key
+        )
     return _Target(work, work.tables[key_added], None, key_added, shapes_key, new_shapes)
 
 
@@ -351,7 +351,9 @@ def _regions(table: AnnData) -> list[str]:
     return [regions] if isinstance(regions, str) else list(regions)
 
 
-def _check_keys(data: SpatialData | AnnData, target: _Target, genes: list[str], key_added: str, overwrite: bool) -> bool:
+def _check_keys(
+    data: SpatialData | AnnData, target: _Target, genes: list[str], key_added: str, overwrite: bool
+) -> bool:
     """Refuse keys that exist; say whether the result goes to layers of the user's table (or to a new table)."""
     table = target.user_table
     missing = [] if table is None else [gene for gene in genes if gene not in table.var_names]
@@ -387,7 +389,12 @@ def _embedding(
         if embedding_key is not None or not trained.get("by_name", False):
             embedding_key_of(table, key)  # raises, and says what to call
         embed(
-            target.work, image_key=image_key, table_key=target.table_key, key_added=key, device=device, **_recipe(trained)
+            target.work,
+            image_key=image_key,
+            table_key=target.table_key,
+            key_added=key,
+            device=device,
+            **_recipe(trained),
         )
         target.embedded = True
     found = embedding_record(table, key)
