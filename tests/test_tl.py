@@ -23,7 +23,7 @@ def sections():
     """Two patients with an embedding that is cheap to compute: the mean color of two patches."""
     made = {}
     for seed in (0, 1):
-        sdata = datasets.simulated_section(seed=seed, size_um=800)
+        sdata = datasets.simulated_section(seed=seed, size_um=700)
         pp.embed(sdata, image_key="he", table_key="spot_counts", model=colors, patch_um=[60, 120], patch_px=8)
         del sdata.tables["cell_counts"], sdata.shapes["cells"], sdata.points["transcripts"]
         made[f"patient {seed}"] = sdata
@@ -237,7 +237,7 @@ def test_cross_fit_never_uses_a_locations_own_block(section, genes):
 def test_no_model_cross_fits_a_stem(section):
     adata = section["spot_counts"]
     tl.predict_expression(section, genes=list(adata.var_names[:8]), folds=2, steps=4, n_samples=2,
-                          batch_size=8, key_added="self", **QUIET)  # fmt: skip
+                          fit_options={"steps": 20}, key_added="self", **QUIET)  # fmt: skip
     assert adata.uns["stgen"]["self"]["model"] == "Stem"
     assert "cross-fitted in 2 folds" in adata.uns["stgen"]["self"]["fitted_on"]
     assert np.isfinite(adata.layers["self"][:, :8]).all()
@@ -366,7 +366,7 @@ def test_fit_refuses_bad_tables_and_changes_nothing(sections, what):
         ({"n_samples": 0}, ValueError, "n_samples"),
         ({"model": "no/such folder"}, FileNotFoundError, "no folder"),
         ({"embedding_key": "X_other"}, KeyError, "X_other"),
-        ({"learning_rate": 1}, TypeError, "learning_rate"),
+        ({"fit_options": {"steps": 5}}, ValueError, "fit_options"),
         ({"key_added": "array_row"}, ValueError, "in use"),
     ],
 )

@@ -111,9 +111,9 @@ def write_circles(
     )
 
 
-def shallow_copy(sdata: SpatialData, *, table_key: str | None = None) -> SpatialData:
-    """A new object that shares all elements, but has its own copy of the table ``table_key``."""
-    tables = {key: table.copy() if key == table_key else table for key, table in sdata.tables.items()}
+def shallow_copy(sdata: SpatialData) -> SpatialData:
+    """A new object that shares images, labels, points and shapes, and has its own copies of the tables."""
+    tables = {key: table.copy() for key, table in sdata.tables.items()}
     return SpatialData(
         images=dict(sdata.images),
         labels=dict(sdata.labels),

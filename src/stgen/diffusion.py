@@ -246,8 +246,10 @@ def centered_noise(n_samples: int, shape: Sequence[int], generator: Sequence[tor
     """Standard normal noise for several samples of each item, whose mean over the samples is exactly zero.
 
     Each sample on its own is exactly standard normal: independent draws are centered and rescaled by
-    ``sqrt(n / (n - 1))``. Errors that are odd in the noise then cancel in the mean of the samples, so that a few samples
-    give the mean that would otherwise take many; spread is the population standard deviation over the samples.
+    ``sqrt(n / (n - 1))``. Whatever is linear in the noise then cancels exactly in the mean of the samples, so that a few
+    samples give the mean that would otherwise take many; spread is the population standard deviation over the samples.
+    The price: an ensemble is centered better than independent samples would be, which makes coverage look higher than
+    theirs (by .016 at a nominal .9, for 20 samples of a perfect Gaussian model).
     Every item has its own generator, which makes the noise of an item independent of the batch in which it is drawn.
 
     Parameters

@@ -129,8 +129,8 @@ def fit(
         ),
         num_workers=num_workers,
     )
-    bar = tqdm(total=steps, initial=state.step, desc=f"fit {type(model).__name__}", unit="step",
-               disable=not (progress and accelerator.is_local_main_process))  # fmt: skip
+    quiet = {} if progress and accelerator.is_local_main_process else {"disable": True}
+    bar = tqdm(total=steps, initial=state.step, desc=f"fit {type(model).__name__}", unit="step", **quiet)
     try:
         with torch.random.fork_rng(), bar:
             for batch in loader if not state.stopped else ():

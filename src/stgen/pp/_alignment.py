@@ -25,7 +25,16 @@ _MASK_PX = 512
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """What :func:`stgen.pp.check_alignment` found."""
+    """What :func:`stgen.pp.check_alignment` found.
+
+    Examples
+    --------
+    >>> import stgen
+    >>> sdata = stgen.datasets.simulated_section(size_um=300)
+    >>> report = stgen.pp.check_alignment(sdata, table_key="spot_counts")
+    >>> report.inside, report.mpp
+    (1.0, 1.0)
+    """
 
     n_locations: int
     inside: float
@@ -85,7 +94,7 @@ def check_alignment(
     Examples
     --------
     >>> import stgen
-    >>> sdata = stgen.datasets.simulated_section()
+    >>> sdata = stgen.datasets.simulated_section(size_um=600)
     >>> stgen.pp.check_alignment(sdata, table_key="spot_counts").inside
     1.0
     """

@@ -39,6 +39,7 @@ def embed(
     device: str | torch.device | None = None,
     overwrite: bool = False,
     copy: bool = False,
+    progress: bool = True,
 ) -> SpatialData | AnnData | None:
     """Embed the histology around every location of a table.
 
@@ -85,6 +86,8 @@ def embed(
         Whether an existing key may be replaced.
     copy
         Whether to return a changed copy and leave ``data`` alone.
+    progress
+        Whether to show a progress bar.
 
     Returns
     -------
@@ -106,7 +109,7 @@ def embed(
     Examples
     --------
     >>> import stgen
-    >>> sdata = stgen.datasets.simulated_section()
+    >>> sdata = stgen.datasets.simulated_section(size_um=600)
     >>> stgen.pp.embed(sdata, table_key="spot_counts")
     >>> sdata["spot_counts"].obsm["X_texture"].shape[0] == sdata["spot_counts"].n_obs
     True
@@ -145,15 +148,11 @@ def embed(
             finest,
         )
 
-    features = _run(section, encoders, views=views, batch_size=batch_size)
+    features = _run(section, encoders, views=views, batch_size=batch_size, progress=progress)
 
-    result = (
-        data
-        if not copy
-        else data.copy()
-        if isinstance(data, AnnData)
-        else shallow_copy(data, table_key=section.table_key)
-    )
+    result = data
+    if copy:
+        result = data.copy() if isinstance(data, AnnData) else shallow_copy(data)
     table = get_table(result, **where)
     table.obsm[key_added] = np.ascontiguousarray(features[:, 0])
     if views == 8:
@@ -207,12 +206,14 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 @torch.no_grad()
-def _run(section: Section, encoders: Sequence[Encoder], *, views: int, batch_size: int) -> np.ndarray:
+def _run(section: Section, encoders: Sequence[Encoder], *, views: int, batch_size: int, progress: bool) -> np.ndarray:
     """Features (n, views, d) of all encoders and patch sizes, concatenated."""
     n = len(section.xy_px)
     steps = sum(len(encoder.sizes_um) for encoder in encoders)
     parts: list[np.ndarray] = []
-    with tqdm(total=n * steps, desc="embed", unit="patch", leave=False) as bar:
+    with tqdm(
+        total=n * steps, desc="embed", unit="patch", leave=False, **({} if progress else {"disable": True})
+    ) as bar:
         for encoder in encoders:
             for size_um in encoder.sizes_um:
                 part: np.ndarray | None = None

@@ -81,7 +81,7 @@ def select_genes(
     Examples
     --------
     >>> import stgen
-    >>> sdata = stgen.datasets.simulated_section()
+    >>> sdata = stgen.datasets.simulated_section(size_um=600)
     >>> genes = stgen.pp.select_genes(sdata, 10, table_key="spot_counts")
     >>> len(genes)
     10

@@ -82,7 +82,7 @@ def tile_grid(
     Examples
     --------
     >>> import stgen
-    >>> sdata = stgen.datasets.simulated_section()
+    >>> sdata = stgen.datasets.simulated_section(size_um=600)
     >>> stgen.pp.tile_grid(sdata, spacing_um=50)
     >>> stgen.pp.embed(sdata, table_key="tiles_table")
     """

@@ -19,7 +19,17 @@ __all__ = ["Scores", "evaluate", "score"]
 
 
 class Scores(NamedTuple):
-    """Result of :func:`stgen.tl.evaluate`."""
+    """Result of :func:`stgen.tl.evaluate`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.tl._evaluate import score
+    >>> truth = np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 1.0]])
+    >>> genes, summary = score(truth + 1, truth, ["A", "B"])
+    >>> genes["PCC"].to_list(), float(summary["MSE"])
+    ([1.0, 1.0], 1.0)
+    """
 
     genes: pd.DataFrame
     """One row per gene, one column per score."""
@@ -70,7 +80,7 @@ def evaluate(
     Examples
     --------
     >>> from stgen import datasets, models, pp, tl
-    >>> sdata = datasets.simulated_section()
+    >>> sdata = datasets.simulated_section(size_um=600)
     >>> pp.embed(sdata, image_key="he", table_key="spot_counts")
     >>> adata = sdata["spot_counts"]
     >>> probe = models.LinearProbe(pp.select_genes(adata, 10), embedding_dim=adata.obsm["X_texture"].shape[1])

@@ -75,7 +75,7 @@ def fit(
     Examples
     --------
     >>> from stgen import datasets, models, pp, tl
-    >>> sdata = datasets.simulated_section()
+    >>> sdata = datasets.simulated_section(size_um=600)
     >>> pp.embed(sdata, image_key="he", table_key="spot_counts")
     >>> adata = sdata["spot_counts"]
     >>> genes = pp.select_genes(adata, 10)

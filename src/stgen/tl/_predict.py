@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import copy as copying
-import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stgen import models
-from stgen._io import check_new_key, get_section, get_table, provenance, record, write_table
+from stgen._io import get_section, provenance, shallow_copy
 from stgen.data import group_folds
 from stgen.models import Model
-from stgen.pp import embed, select_genes, tile_grid
+from stgen.pp import select_genes
 from stgen.tl._fit import Source, fit_arrays, gather, hold_out
-from stgen.tl._inputs import embedding_key_of, embedding_record
+from stgen.tl._target import Target
 from stgen.train import check_device
 from stgen.transforms import unit
 
 __all__ = ["predict_expression"]
-
-logger = logging.getLogger("stgen")
 
 Statistic = Literal["mean", "median", "mode"]
 
@@ -47,6 +43,7 @@ def predict_expression(
     steps: int = 25,
     solver: Literal["dpm++", "ddim", "ddpm"] = "dpm++",
     folds: int = 4,
+    fit_options: Mapping[str, Any] | None = None,
     key_added: str = "predicted",
     keep_samples: bool = False,
     seed: int = 0,
@@ -55,7 +52,6 @@ def predict_expression(
     overwrite: bool = False,
     copy: bool = False,
     progress: bool = True,
-    **options: Any,
 ) -> SpatialData | AnnData | None:
     """Predict the expression of each location from its histology.
 
@@ -86,6 +82,8 @@ def predict_expression(
         Sampler, see :meth:`stgen.diffusion.Diffusion.sample`.
     folds
         Number of folds when cross-fitting.
+    fit_options
+        Options of :func:`stgen.tl.fit` when cross-fitting, such as ``{"steps": 500}``.
     key_added
         Name of the result.
     keep_samples
@@ -102,8 +100,6 @@ def predict_expression(
         Return a copy with the result and leave ``data`` alone.
     progress
         Show a progress bar.
-    **options
-        Training options when cross-fitting, see :func:`stgen.tl.fit`.
 
     Returns
     -------
@@ -129,7 +125,7 @@ def predict_expression(
     Examples
     --------
     >>> from stgen import datasets, models, pp, tl
-    >>> sdata = datasets.simulated_section()
+    >>> sdata = datasets.simulated_section(size_um=600)
     >>> pp.embed(sdata, image_key="he", table_key="spot_counts")
     >>> adata = sdata["spot_counts"]
     >>> probe = models.LinearProbe(pp.select_genes(adata, 10), embedding_dim=adata.obsm["X_texture"].shape[1])
@@ -145,40 +141,40 @@ def predict_expression(
     if isinstance(model, str | Path):
         model = models.load(model)
     if copy:
-        data = copying.deepcopy(data)
+        data = data.copy() if isinstance(data, AnnData) else shallow_copy(data)
 
-    if model is not None and model.fitted and options:
-        raise TypeError(f"the model is fitted already, so training options have no use: {', '.join(options)}.")
+    if model is not None and model.fitted and fit_options:
+        raise ValueError("the model is fitted already, so `fit_options` have no use; construct a new one to fit anew.")
 
-    target = _target(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
+    target = Target.find(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
     if model is None or not model.fitted:
         if target.user_table is None:
             raise ValueError("there are no counts to fit on; pass model=<a fitted model, its folder or a Hub id>.")
-        embedding_key = _embedding(target, None, embedding_key, image_key=image_key, device=device)
+        embedding_key = target.embedding(None, embedding_key, image_key=image_key, device=device, progress=progress)
         model = _unfitted(model, target, genes, embedding_key, layer)
         chosen = model.genes
     else:
         chosen = _chosen(model, genes)
-    as_layers = _check_keys(data, target, chosen, key_added, overwrite)
+    as_layers = target.check_keys(chosen, key_added, overwrite=overwrite)
     sampling = {
         "n_samples": n_samples, "steps": steps, "solver": solver, "seed": seed,
         "batch_size": batch_size, "device": device, "progress": progress,
     }  # fmt: skip
     if model.fitted:
-        embedding_key = _embedding(target, model, embedding_key, image_key=image_key, device=device)
+        embedding_key = target.embedding(model, embedding_key, image_key=image_key, device=device, progress=progress)
         h = np.asarray(target.table.obsm[embedding_key])
         samples = draw(model, h, np.arange(len(h)), **sampling)[:, :, [model.genes.index(gene) for gene in chosen]]
         fitted_on, weights = model.record.get("sections", []), model.weights_sha256()
     else:
-        samples = _cross_fit(model, target, embedding_key, layer, folds, sampling, options)
+        samples = _cross_fit(model, target, embedding_key, layer, folds, sampling, fit_options or {})
         fitted_on, weights = f"this section, cross-fitted in {folds} folds", None
     entry = provenance(
         "tl.predict_expression", model=type(model).__name__, weights_sha256=weights, fitted_on=fitted_on, genes=chosen,
         transform=model.transform, unit=unit(model.transform), statistic=statistic, n_samples=samples.shape[1],
         steps=steps, solver=solver, seed=seed, embedding=embedding_key,
     )  # fmt: skip
-    _write(data, target, samples, chosen, entry, key_added=key_added, as_layers=as_layers,
-           embedding_key=embedding_key, keep_samples=keep_samples, overwrite=overwrite)  # fmt: skip
+    target.write(samples, STATISTICS[statistic](samples), chosen, entry, key_added=key_added, as_layers=as_layers,
+                 embedding_key=embedding_key, keep_samples=keep_samples, overwrite=overwrite)  # fmt: skip
     return data if copy else None
 
 
@@ -206,7 +202,7 @@ def draw(
     n_samples = n_samples if model.stochastic else 1
     samples = np.empty((len(h), n_samples, len(model.genes)), np.float32)
     name = f"predict with {type(model).__name__}"
-    with tqdm(total=len(h), desc=name, unit="location", disable=not progress) as bar:
+    with tqdm(total=len(h), desc=name, unit="location", **({} if progress else {"disable": True})) as bar:
         for start in range(0, len(h), batch_size):
             batch = {"h": torch.as_tensor(np.asarray(h[start : start + batch_size], np.float32), device=device)}
             generators = [_generator(seed, int(row)) for row in rows[start : start + batch_size]]
@@ -241,7 +237,7 @@ STATISTICS = {
 # ---- cross-fitting -------------------------------------------------------------------------------------------------
 
 
-def _unfitted(model: Model | None, target: _Target, genes: list[str] | None, key: str, layer: str | None) -> Model:
+def _unfitted(model: Model | None, target: Target, genes: list[str] | None, key: str, layer: str | None) -> Model:
     """The model to cross-fit: the given one, or a default Stem on the genes."""
     if model is not None:
         if genes is not None and list(genes) != model.genes:
@@ -253,7 +249,13 @@ def _unfitted(model: Model | None, target: _Target, genes: list[str] | None, key
 
 
 def _cross_fit(
-    model: Model, target: _Target, key: str, layer: str | None, folds: int, sampling: dict, options: dict
+    model: Model,
+    target: Target,
+    key: str,
+    layer: str | None,
+    folds: int,
+    sampling: dict,
+    fit_options: Mapping[str, Any],
 ) -> np.ndarray:
     """Samples for every location, each from a model that was fitted on other spatial blocks."""
     if folds < 2:
@@ -263,7 +265,7 @@ def _cross_fit(
     data, blocks, info = gather(model, {"section": source}, embedding_key=key, layer=layer)
     fold = group_folds(blocks, folds)
     samples = None
-    options = {"seed": sampling["seed"], "device": sampling["device"], "progress": sampling["progress"], **options}
+    options = {"seed": sampling["seed"], "device": sampling["device"], "progress": sampling["progress"], **fit_options}
     validation = options.pop("validation", 0.125)
     for k in np.unique(fold):
         inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
@@ -277,9 +279,6 @@ def _cross_fit(
     return samples
 
 
-# ---- inputs and outputs --------------------------------------------------------------------------------------------
-
-
 def _chosen(model: Model, genes: list[str] | None) -> list[str]:
     """The genes to predict, all known to the model."""
     if genes is None:
@@ -291,180 +290,3 @@ def _chosen(model: Model, genes: list[str] | None) -> list[str]:
             f"genes, such as {', '.join(model.genes[:3])}; model.genes lists them."
         )
     return list(genes)
-
-
-@dataclass
-class _Target:
-    """Where a prediction is made and where it goes, with everything new kept apart until it is complete."""
-
-    work: SpatialData | AnnData  # shares images and shapes with the user's object; its table is our own
-    table: AnnData  # the table of `work`: rows, coordinates, embeddings
-    user_table: AnnData | None  # the user's table, if the locations have one
-    table_key: str | None
-    shapes_key: str | None  # of locations that have no table yet
-    new_shapes: bool  # whether the locations themselves are new
-    embedded: bool = False  # whether the embedding is new
-
-
-def _target(
-    data: SpatialData | AnnData,
-    *,
-    image_key: str | None,
-    table_key: str | None,
-    shapes_key: str | None,
-    key_added: str,
-) -> _Target:
-    """Find the locations; make a grid of tiles over the tissue where there are none."""
-    if isinstance(data, AnnData):
-        light = _light(data)
-        return _Target(light, light, data, None, None, False)
-    if not isinstance(data, SpatialData):
-        raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
-    work = SpatialData(images=dict(data.images), labels=dict(data.labels), shapes=dict(data.shapes))
-    linked = shapes_key is None or any(shapes_key in _regions(table) for table in data.tables.values())
-    if data.tables and linked:
-        user_table = get_table(data, table_key=table_key, shapes_key=shapes_key)
-        table_key = next(key for key, table in data.tables.items() if table is user_table)
-        work.tables[table_key] = _light(user_table)
-        return _Target(work, work.tables[table_key], user_table, table_key, shapes_key, False)
-    new_shapes = shapes_key is None
-    if new_shapes:
-        shapes_key = f"{key_added}_tiles"
-        tile_grid(work, image_key=image_key, key_added=shapes_key, table_key_added=key_added)
-    elif shapes_key not in data.shapes:
-        raise KeyError(f"there are no shapes {shapes_key!r}; found {', '.join(data.shapes) or 'none'}.")
-    else:
-        write_table(
-            work, key_added, AnnData(obs=pd.DataFrame(index=data[shapes_key].index.astype(str))), region=shapes_key
-        )
-    return _Target(work, work.tables[key_added], None, key_added, shapes_key, new_shapes)
-
-
-def _light(table: AnnData) -> AnnData:
-    """Rows, coordinates and embeddings of a table, without its counts."""
-    kept = {key: table.uns[key] for key in ("spatial", "spatialdata_attrs", "stgen") if key in table.uns}
-    return AnnData(obs=table.obs.copy(), obsm=dict(table.obsm), uns=kept)
-
-
-def _regions(table: AnnData) -> list[str]:
-    regions = table.uns.get("spatialdata_attrs", {}).get("region", [])
-    return [regions] if isinstance(regions, str) else list(regions)
-
-
-def _check_keys(
-    data: SpatialData | AnnData, target: _Target, genes: list[str], key_added: str, overwrite: bool
-) -> bool:
-    """Refuse keys that exist; say whether the result goes to layers of the user's table (or to a new table)."""
-    table = target.user_table
-    missing = [] if table is None else [gene for gene in genes if gene not in table.var_names]
-    if missing and isinstance(data, AnnData):
-        raise KeyError(
-            f"{len(missing)} of the {len(genes)} genes to predict are not in the table: {', '.join(missing[:5])}. "
-            "Pass genes=[...] with those that are, or a SpatialData, which gets a new table."
-        )
-    if table is not None and not missing:
-        for container, what in ((table.layers, "layers"), (table.uns.get("stgen", {}), 'uns["stgen"]')):
-            check_new_key(container, key_added, overwrite=overwrite, what=what)
-        if key_added in table.obs or (key_added in table.var and key_added not in table.layers):
-            raise ValueError(f"var[{key_added!r}] or obs[{key_added!r}] is in use already; pass another key_added=.")
-        return True
-    check_new_key(data.tables, key_added, overwrite=overwrite, what="sdata.tables")
-    if target.new_shapes:
-        check_new_key(data.shapes, target.shapes_key, overwrite=overwrite, what="sdata.shapes")
-    return False
-
-
-def _embedding(
-    target: _Target, model: Model | None, embedding_key: str | None, *, image_key: str | None, device: str
-) -> str:
-    """Key of an embedding of the model's kind in the target's table, computed there if need be."""
-    table = target.table
-    trained = model.record["embedding"] if model is not None and model.fitted else None
-    if trained is None:
-        if embedding_key is not None or image_key is None:
-            return embedding_key_of(table, embedding_key)
-        trained = {"key": "X_texture", "model": "texture", "by_name": True}
-    key = embedding_key or trained["key"]
-    if key not in table.obsm:
-        if embedding_key is not None or not trained.get("by_name", False):
-            embedding_key_of(table, key)  # raises, and says what to call
-        embed(
-            target.work,
-            image_key=image_key,
-            table_key=target.table_key,
-            key_added=key,
-            device=device,
-            **_recipe(trained),
-        )
-        target.embedded = True
-    found = embedding_record(table, key)
-    differing = [k for k in trained if k != "key" and found.get(k) != trained[k]]
-    if differing:
-        raise ValueError(
-            f'obsm["{key}"] is not the embedding that the model was fitted on: '
-            + "; ".join(f"{k} is {found.get(k)!r}, not {trained[k]!r}" for k in differing)
-            + ". Name another embedding_key=, or remove it to have the right one computed from the image."
-        )
-    return key
-
-
-def _recipe(trained: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`stgen.pp.embed` must be told to embed as it did for the training tissue."""
-    recipe = {"model": trained["model"]}
-    if "+" not in trained["model"] and "patch_um" in trained:  # several encoders have their own default patches
-        recipe["patch_um"] = [float(side) for side in str(trained["patch_um"]).split(",")]
-        recipe["patch_px"] = int(trained["patch_px"])
-    return recipe
-
-
-def _write(
-    data: SpatialData | AnnData,
-    target: _Target,
-    samples: np.ndarray,
-    genes: list[str],
-    entry: dict[str, Any],
-    *,
-    key_added: str,
-    as_layers: bool,
-    embedding_key: str,
-    keep_samples: bool,
-    overwrite: bool,
-) -> None:
-    """Put the finished result into the user's object."""
-    values = {key_added: STATISTICS[entry["statistic"]](samples).astype(np.float32)}
-    if samples.shape[1] > 1:
-        values[f"{key_added}_std"] = samples.std(1)  # of centered noise: the population form is unbiased
-    table = target.user_table
-    if not as_layers:
-        table = AnnData(values.pop(key_added), obs=target.table.obs.copy(), var=pd.DataFrame(index=genes))
-        table.layers.update(values)
-        table.uns["spatialdata_attrs"] = target.table.uns["spatialdata_attrs"]
-    else:
-        for container, name in ((table.layers, f"{key_added}_std"), (table.obsm, f"{key_added}_samples")):
-            container.pop(name, None)  # of an earlier result of the same name
-    if as_layers and genes == list(table.var_names):
-        table.layers.update(values)
-        table.var[key_added] = True
-    elif as_layers:
-        columns = table.var_names.get_indexer(genes)
-        for name, value in values.items():
-            full = np.full(table.shape, np.nan, np.float32)
-            full[:, columns] = value
-            table.layers[name] = full
-        table.var[key_added] = np.isin(np.arange(table.n_vars), columns)
-    if keep_samples:
-        table.obsm[f"{key_added}_samples"] = samples
-        entry = {**entry, "sample_genes": "\n".join(genes)}
-    if target.embedded or not as_layers:
-        table.obsm[embedding_key] = target.table.obsm[embedding_key]
-        record(table, embedding_key, target.table.uns.get("stgen", {}).get(embedding_key, {}))
-    record(table, key_added, entry)
-    where = f'layers["{key_added}"]' if as_layers else f'sdata.tables["{key_added}"]'
-    if not as_layers:
-        if target.new_shapes:
-            data.shapes[target.shapes_key] = target.work.shapes[target.shapes_key]
-        if overwrite and key_added in data.tables:
-            del data.tables[key_added]
-        data.tables[key_added] = table
-    hint = "adata.write_zarr(path)" if isinstance(data, AnnData) else "sdata.write(path)"
-    logger.info("predicted %d genes at %d locations into %s; %s saves it.", len(genes), len(samples), where, hint)
