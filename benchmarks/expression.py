@@ -39,7 +39,7 @@ MODELS = {
     "Stem": models.Stem,
 }
 TABLE = ["PCC-10_oracle", "PCC-50_oracle", "PCC", "PCC-50_ranked", "MAE", "MSE", "RVD", "RVD_median", "RVD_sample",
-         "GSC", "GSC_sample", "SSC", "coverage_50%", "coverage_80%", "coverage_90%", "CRPS", "fit_s", "predict_s"]  # fmt: skip
+         "RVD_sample_median", "GSC", "SSC", "coverage_90%", "CRPS", "fit_s", "predict_s"]  # fmt: skip
 
 _sections: dict = {}
 

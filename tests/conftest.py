@@ -11,6 +11,15 @@ import torch
 
 from stgen.data import SpotData
 
+torch.set_num_threads(1)  # the models of the tests are so small that a second thread costs more than it brings
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Takes back the number of threads that numba, where a test runs it, sets for torch too."""
+    yield
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def simulated():

@@ -364,7 +364,7 @@ def test_impossible_number_of_steps(steps):
 
 
 def test_unknown_solver():
-    with pytest.raises(ValueError, match=r'"dpm\+\+", "ddim" or "ddpm", found \'euler\''):
+    with pytest.raises(ValueError, match=r"one of 'dpm\+\+', 'ddim', 'ddpm', found 'euler'"):
         Diffusion().sample(lambda x_t, t: x_t, torch.zeros(1, 1), solver="euler")
 
 

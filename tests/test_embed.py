@@ -4,6 +4,7 @@ import sys
 import types
 from enum import Enum
 
+import anndata as ad
 import dask.array as da
 import numpy as np
 import pandas as pd
@@ -179,6 +180,64 @@ def test_views_are_the_dihedral_views_of_the_patch():
     assert sdata["t"].uns["stgen"]["X_corner"]["views"] == 8
 
 
+class Moved(Corner):
+    """Remembers where it was sent and whether it was training when called."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop.eval()
+        self.sent, self.called = [], []
+
+    def to(self, device):
+        self.sent.append(str(device))
+        return super().to(device)
+
+    def forward(self, x):
+        self.called.append(self.training)
+        if len(self.called) > 2:
+            raise RuntimeError("enough")
+        return super().forward(x)
+
+
+def test_a_module_is_left_as_it_was():
+    model = Moved().train(True)
+    model.drop.eval()
+    stgen.pp.embed(section(), model=model, mpp=MPP, patch_um=(64, 128), device="cpu")
+    assert model.sent == ["cpu", "cpu"]  # there and back once, not once per batch
+    assert model.called == [False, False]
+    assert model.training
+    assert not model.drop.training
+    with pytest.raises(RuntimeError, match="enough"):
+        stgen.pp.embed(section(), model=model, mpp=MPP, device="cpu")
+    assert len(model.sent) == 4
+    assert model.training
+
+
+def test_the_record_says_how_to_embed_again():
+    sdata = section()
+    sizes = (40, 1000 / 24)
+    for key, given in {
+        "none": {},
+        "um": {"patch_um": sizes},
+        "px": {"patch_px": 32},
+        "both": {"patch_um": 64, "patch_px": 32},
+    }.items():
+        stgen.pp.embed(sdata, model=[mean_color, "texture"], mpp=MPP, key_added=key, **given)
+        entry = sdata["t"].uns["stgen"][key]
+        assert entry["default_patches"] is (not given)
+        assert ("patch_um_given" in entry, "patch_px_given" in entry) == ("patch_um" in given, "patch_px" in given)
+        again = {}
+        if "patch_um_given" in entry:
+            again["patch_um"] = [float(size) for size in entry["patch_um_given"].split(",")]
+        if "patch_px_given" in entry:
+            again["patch_px"] = entry["patch_px_given"]
+        stgen.pp.embed(sdata, model=[mean_color, "texture"], mpp=MPP, key_added="again", overwrite=True, **again)
+        np.testing.assert_array_equal(sdata["t"].obsm["again"], sdata["t"].obsm[key])
+    assert sdata["t"].uns["stgen"]["both"]["patch_um_given"] == "64"
+    assert sdata["t"].uns["stgen"]["both"]["patch_px_given"] == 32
+    assert sdata["t"].uns["stgen"]["um"]["patch_um_given"] == f"40, {1000 / 24!r}"
+
+
 def test_texture_views_repeat():
     sdata = section()
     stgen.pp.embed(sdata, mpp=MPP, patch_um=128, views=8)
@@ -214,7 +273,7 @@ def test_result_and_record_survive_a_store(tmp_path, caplog):
     assert entry["version"] == stgen.__version__
 
 
-def test_anndata_with_the_visium_convention():
+def test_anndata_with_the_visium_convention(tmp_path):
     image = stained(600, 600)[:, ::2, ::2].transpose(1, 2, 0)
     row, column = np.divmod(np.arange(36), 6)
     xy = np.column_stack([(column + 0.5 * (row % 2)) * 80 + 50, row * 69.28 + 60])
@@ -228,6 +287,12 @@ def test_anndata_with_the_visium_convention():
     x, y = np.round(xy[14] / 2).astype(int)
     expected = image[y - 10 : y + 10, x - 10 : x + 10].mean((0, 1)) / 255
     np.testing.assert_allclose(adata.obsm["X_mean_color"][14], expected, atol=0.02)
+    result = adata.obsm.pop("X_mean_color")
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    copy = stgen.pp.embed(backed, model=mean_color, patch_um=50, copy=True)
+    np.testing.assert_array_equal(copy.obsm["X_mean_color"], result)
+    assert "X_mean_color" not in backed.obsm
 
 
 # -- what is refused, and what stays as it was ------------------------------------------------------------------------
@@ -268,7 +333,7 @@ def no_vector(x):
         ({"patch_px": 2.5}, ValueError, "`patch_px` must be a whole number"),
         ({"model": ""}, ValueError, "must name at least one model"),
         ({"model": 3}, TypeError, "`model` must be"),
-        ({"device": "warp"}, ValueError, "no device 'warp'"),
+        ({"device": "warp"}, ValueError, "absent device 'warp'"),
         ({"model": no_vector}, ValueError, r"must return a tensor \(n, d\)"),
         ({"model": lambda x: x.mean((2, 3)) / 0 - x.mean((2, 3)) / 0}, ValueError, "NaN or infinite"),
     ],

@@ -1,5 +1,6 @@
 """Sections from SpatialData and AnnData, counts, records, and lazy reading of images."""
 
+import anndata as ad
 import dask.array as da
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from spatialdata.transformations import Identity, Scale
 from xarray import DataArray
 
 from stgen import _io
-from stgen._image import Histology, resample_matrix, spatial_groups
+from stgen._image import Histology, is_micrometers, resample_matrix, spatial_groups
 
 
 def image_array(height=300, width=400, channels=3, seed=0):
@@ -298,7 +299,64 @@ def test_table_without_link_or_with_lost_instances():
         _io.get_section(sdata, table_key="spot_counts", need_image=True)
 
 
+def two_regions():
+    """One table of two sections that share a coordinate system, each with its own image."""
+    a, b = micrometer_sdata(), micrometer_sdata()
+    table = ad.concat([a["spot_counts"], b["spot_counts"]], index_unique="-")
+    table.obs["region"] = pd.Categorical(["spots_A"] * 12 + ["spots_B"] * 12)
+    linked = TableModel.parse(table, region=["spots_A", "spots_B"], region_key="region", instance_key="spot_id")
+    return SpatialData(
+        images={"he_A": a["he"], "he_B": b["he"]},
+        shapes={"spots_A": a["spots"], "spots_B": b["spots"]},
+        tables={"t": linked},
+    )
+
+
+def test_a_table_of_several_regions_is_refused():
+    sdata = two_regions()
+    for arguments in ({"image_key": "he_A"}, {}, {"shapes_key": "spots_A", "image_key": "he_A"}):
+        with pytest.raises(ValueError, match=r"'t' has rows in 2 regions \(spots_A, spots_B\).*sdata.subset\(\[name, "):
+            _io.get_section(sdata, **arguments)
+    with pytest.raises(
+        ValueError, match=r"adata\[adata.obs\['region'\] == name\].copy\(\) for name in \['spots_A', 'spots_B'\]"
+    ):
+        _io.get_section(sdata["t"], mpp=0.5)
+    # what the message advises
+    for name, image in (("spots_A", "he_A"), ("spots_B", "he_B")):
+        part = _io.get_section(sdata.subset([name, image]), need_image=True)
+        assert part.image_key == image
+        np.testing.assert_allclose(part.xy_um, part.table.obsm["spatial"])
+        part = _io.get_section(sdata["t"][sdata["t"].obs["region"] == name].copy(), mpp=0.5)
+        assert len(part.xy_px) == 12
+
+
+def test_suffix_of_concatenated_objects():
+    both = sd.concatenate({"A": micrometer_sdata(), "B": micrometer_sdata()})
+    assert set(both.coordinate_systems) == {"um-A", "um-B"}
+    section = _io.get_section(both, image_key="he-B", table_key="spot_counts-B")
+    assert section.mpp == pytest.approx(0.5)
+    np.testing.assert_allclose(section.xy_um, section.table.obsm["spatial"])
+    assert _io.image_of(both, "he-A").mpp == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("um", True), ("µm", True), ("Microns", True), ("micrometers", True), ("um-A", True), ("um-A-B", True)]
+    + [("umap", False), ("global", False), ("um2", False), ("album-um", False), ("um-", False)],
+)
+def test_names_of_micrometer_systems(name, expected):
+    assert is_micrometers(name) is expected
+
+
 # -- AnnData ----------------------------------------------------------------------------------------------------------
+def test_several_libraries_are_refused():
+    adata = visium_adata()
+    adata.uns["spatial"]["other"] = adata.uns["spatial"]["lib"]
+    for need_image in (True, False):
+        with pytest.raises(ValueError, match='several libraries: lib, other.*adata.obs\\["library_id"\\] == name'):
+            _io.get_section(adata, need_image=need_image)
+
+
 def test_visium_convention_of_scanpy():
     adata = visium_adata()
     section = _io.get_section(adata, need_image=True)
@@ -381,6 +439,31 @@ def test_bad_counts():
         _io.get_counts(table, layer="text")
     with pytest.raises(ValueError, match="no genes"):
         _io.get_counts(table[:, :0])
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+def test_counts_on_disk(tmp_path, kind):
+    table = counts_table(6)
+    x = table.X.toarray()
+    table.X = x if kind == "dense" else getattr(sparse, f"{kind}_matrix")(x)
+    table.layers["twice"] = 2 * table.X
+    table.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    for view, rows in ((backed, slice(None)), (backed[[4, 1]], [4, 1])):
+        np.testing.assert_array_equal(_io.get_counts(view), x[rows])
+        np.testing.assert_array_equal(_io.get_counts(view, genes=["g3", "g0"]), x[rows][:, [3, 0]])
+        np.testing.assert_array_equal(_io.get_counts(view, dense=False).toarray(), x[rows])
+        np.testing.assert_array_equal(_io.get_counts(view, layer="twice"), 2 * x[rows])
+    assert backed.isbacked
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_lazy_counts(kind):
+    table = counts_table(6)
+    x = table.X.toarray()
+    table.X = da.from_array(x, chunks=(4, 5)) if kind == "dense" else da.from_array(table.X, chunks=(4, 5))
+    np.testing.assert_array_equal(_io.get_counts(table), x)
+    np.testing.assert_array_equal(_io.get_counts(table, genes=["g3", "g0"]), x[:, [3, 0]])
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

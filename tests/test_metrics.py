@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from stgen import metrics
@@ -142,6 +143,18 @@ def test_crps_of_a_perfect_forecast(rng, n_samples):
     """For a standard normal it is 1 / sqrt(pi), however few the samples (the estimator is fair)."""
     samples, truth = rng.normal(size=(n_samples, 40_000, 1)), rng.normal(size=(40_000, 1))
     assert float(metrics.crps(samples, truth)[0]) == pytest.approx(np.pi**-0.5, abs=0.015)
+
+
+@pytest.mark.parametrize("n_samples", [5, 20])
+def test_crps_of_centered_samples_is_as_fair(rng, n_samples):
+    """Samples from centered noise lie further apart than independent ones, which would flatter the model."""
+    from stgen.diffusion import centered_noise
+
+    generators = [torch.Generator().manual_seed(i) for i in range(20_000)]
+    samples = centered_noise(n_samples, (1,), generators).transpose(0, 1).numpy()
+    truth = rng.normal(size=(20_000, 1))
+    assert float(metrics.crps(samples, truth, centered=True)[0]) == pytest.approx(np.pi**-0.5, abs=0.012)
+    assert metrics.crps(samples, truth) < metrics.crps(samples, truth, centered=True)
 
 
 def test_crps_prefers_the_truth(rng):

@@ -15,6 +15,7 @@ from xarray import DataArray
 
 import stgen
 from stgen._image import Histology
+from stgen._io import get_counts
 from stgen.pp._alignment import tissue_mask
 
 
@@ -58,7 +59,7 @@ def test_mitochondrial_and_ribosomal_genes_are_left_out_but_not_mtor():
     names = ["MT-CO1", "mt-Nd1", "RPL3", "Rps6", "MTOR", "MTHFD1"] + [f"G{i}" for i in range(54)]
     table = gene_table(names=names)
     x = table.X.toarray()
-    x[:, :6] = 500
+    x[:, :6] += 500
     table.X = sparse.csr_matrix(x)
     chosen = stgen.pp.select_genes(table, 55, flavor="hvg")
     assert {"MTOR", "MTHFD1"} <= set(chosen)
@@ -87,6 +88,52 @@ def test_many_genes_are_prefiltered_to_the_highly_variable_ones():
     by_mean = table.X.toarray().mean(0)
     means = by_mean[table.var_names.get_indexer(stgen.pp.select_genes(table, 100, flavor="hvg"))]
     assert (np.diff(means) <= 0).all()
+
+
+@pytest.mark.parametrize("flavor", ["hmhvg", "hvg", "deg", "mean_var"])
+def test_constant_genes_are_never_chosen(flavor):
+    sections = [gene_table(0), gene_table(1)]
+    for k, table in enumerate(sections):
+        x = table.X.toarray()
+        x[:, 0], x[:, 1] = 0, 400
+        x[:, 2] = 300 + k  # constant within each section, not over both
+        table.X = sparse.csr_matrix(x)
+        table.obs["group"] = np.repeat(["x", "y"], 100)
+    chosen = stgen.pp.select_genes(sections, 58, flavor=flavor, groupby="group")
+    assert set(chosen) == {f"G{i}" for i in range(2, 60)}
+    with pytest.raises(ValueError, match=r"Only 58 genes are eligible in all sections \(2 are constant\), 59 were"):
+        stgen.pp.select_genes(sections, 59, flavor=flavor, groupby="group")
+    assert len(stgen.pp.select_genes(sections, 59, flavor=flavor, groupby="group", at_most=True)) == 58
+
+
+def test_normalized_values_are_not_silently_counts(caplog):
+    table = gene_table()
+    stgen.pp.select_genes(table, 5)
+    assert "whole numbers" not in caplog.text
+    table.layers["counts"] = table.X.copy()
+    sc.pp.normalize_total(table)
+    sc.pp.log1p(table)
+    stgen.pp.select_genes(table, 5)
+    assert caplog.text.count("X does not hold whole numbers") == 1
+    assert 'layer="counts"' in caplog.text
+    stgen.pp.select_genes(table, 5, layer="counts")
+    assert caplog.text.count("whole numbers") == 1
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_values_that_are_no_counts_are_warned_about(kind, caplog):
+    table = gene_table(n=20)
+    whole = table.X.toarray()
+    for dtype in (np.float64, np.float32, np.int32):
+        table.X = sparse.csr_matrix(whole.astype(dtype)) if kind == "sparse" else whole.astype(dtype)
+        get_counts(table)
+    assert not caplog.records
+    table.layers["corrected"] = np.log1p(table.X) if kind == "dense" else table.X.log1p()
+    values = get_counts(table, layer="corrected")
+    np.testing.assert_allclose(values, np.log1p(whole), rtol=1e-6)  # taken as they are
+    assert len(caplog.records) == 1
+    assert "layers['corrected'] does not hold whole numbers" in caplog.text
+    assert 'layer="counts"' in caplog.text
 
 
 def test_differential_genes():
@@ -164,6 +211,19 @@ def test_a_good_alignment(on_tissue):
     assert report.image_um == (1200, 800)
     assert report.tissue_fraction == pytest.approx(230 * 320 / 240000, rel=0.05)
     assert report.pitch_um == pytest.approx(40)
+
+
+def test_the_report_is_readable(on_tissue):
+    report = stgen.pp.check_alignment(slide_sdata(on_tissue))
+    text = str(report)
+    assert text == repr(report)
+    assert text.startswith(
+        "AlignmentReport(176 locations, 40 µm apart: 100 % inside the image, 100 % on tissue (0 % with x"
+    )
+    assert "image 1,200 x 800 µm, 2 µm per pixel, " in text
+    assert text.endswith(" % tissue; no warnings)")
+    shifted = stgen.pp.check_alignment(slide_sdata(on_tissue - [120, 0]))
+    assert shifted.warnings[0] in str(shifted)
 
 
 def test_swapped_axes(on_tissue):

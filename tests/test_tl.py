@@ -139,7 +139,7 @@ def test_genes_can_be_chosen_and_keep_their_columns(section, stem, genes):
     scores = tl.evaluate(adata, key="two")  # samples are matched to the genes' own columns
     np.testing.assert_allclose(
         scores.genes.loc[chosen, "CRPS"],
-        metrics.crps(np.moveaxis(adata.obsm["two_samples"], 1, 0), truth_of(adata, chosen)),
+        metrics.crps(np.moveaxis(adata.obsm["two_samples"], 1, 0), truth_of(adata, chosen), centered=True),
     )
 
 
@@ -213,6 +213,50 @@ def test_missing_embedding_is_computed_as_in_training(sections):
     assert fresh["spot_counts"].uns["stgen"]["X_texture"]["function"] == "pp.embed"
 
 
+def test_a_prediction_is_never_taken_for_a_measurement(section, probe, stem):
+    slide = sd.SpatialData(images={"he": section["he"]}, shapes={"spots": section["spots"]})
+    colored = section["spot_counts"].obsm["X_colors"]
+    for key, model in (("first", probe), ("second", stem)):
+        model.record["embedding"]["by_name"] = False
+        target = tl._target.Target.find(slide, table_key=None, shapes_key="spots", key_added=key)
+        target.table.obsm["X_colors"] = colored
+        samples = np.ones((len(colored), 1, len(model.genes)), np.float32) * len(key)
+        assert target.user_table is None
+        entry = {"function": "tl.predict_expression", "transform": "log1p_norm", "unit": "u", "model": "m"}
+        target.write(
+            samples, samples[:, 0], model.genes, entry, as_layers=False, embedding_key="X_colors", keep_samples=False
+        )
+    assert set(slide.tables) == {"first", "second"}
+    again = tl._target.Target.find(slide, table_key=None, shapes_key=None, key_added="third")
+    assert again.user_table is None
+    assert again.shapes_key == "spots"
+    with pytest.raises(KeyError, match="no prediction"):
+        tl.evaluate(slide, key="second", table_key="first")
+    with pytest.raises(ValueError, match="prediction in X"):
+        tl.fit(models.LinearProbe(probe.genes, embedding_dim=12), slide, table_key="first", embedding_key="X_colors")
+    with pytest.raises(ValueError, match="no counts to fit on"):
+        tl.predict_expression(slide, model=None, key_added="fourth", **QUIET)
+    again.key_added = "first"
+    with pytest.raises(ValueError, match="overwrite=True"):
+        again.check_keys(probe.genes, overwrite=False)
+
+
+def test_one_call_on_a_visium_anndata_embeds_and_cross_fits():
+    """The convention of scanpy.read_visium: full-resolution pixels, a smaller image, scale factors."""
+    sdata = datasets.simulated_section(seed=5, size_um=600)
+    source = sdata["spot_counts"]
+    adata = AnnData(source.X, obs=source.obs[[]], var=source.var[[]], obsm={"spatial": source.obsm["spatial"] * 2.0})
+    image = sdata["he"].to_numpy().transpose(1, 2, 0)
+    factors = {"tissue_hires_scalef": 0.5, "spot_diameter_fullres": 110.0}
+    adata.uns["spatial"] = {"library": {"images": {"hires": image}, "scalefactors": factors}}
+    fast = {"fit_options": {"steps": 10}, "n_samples": 2, "steps": 3, "folds": 2}
+    tl.predict_expression(adata, **fast, **QUIET)
+    assert adata.var["predicted"].sum() == 60  # a panel smaller than the default number of genes
+    assert np.isfinite(adata.layers["predicted"]).all()
+    assert adata.obsm["X_texture"].shape[0] == adata.n_obs
+    assert "predicted_std" in adata.layers
+
+
 # ---- cross-fitting -------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +293,15 @@ def test_blocks_are_of_equal_size_and_compact():
     assert set(np.bincount(block)) == {10}
     within = np.mean([xy[block == b].std(0).mean() for b in range(16)])
     assert within < 0.5 * xy.std(0).mean()
+
+
+def test_same_seed_same_cross_fit(section, genes):
+    adata = section["spot_counts"]
+    for key, seed in {"a": 0, "b": 0, "c": 1}.items():
+        tl.predict_expression(adata, genes=genes, folds=2, steps=3, n_samples=2, fit_options={"steps": 5}, seed=seed,
+                              key_added=key, **QUIET)  # fmt: skip
+    np.testing.assert_array_equal(adata.layers["a"], adata.layers["b"])
+    assert np.nanmax(np.abs(adata.layers["a"] - adata.layers["c"])) > 0.01
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -409,6 +462,36 @@ def test_sections_embedded_differently_are_refused(sections, genes):
     other["spot_counts"].uns["stgen"]["X_colors"]["patch_um"] = 50.0
     with pytest.raises(ValueError, match="embedded otherwise"):
         tl.fit(models.LinearProbe(genes, embedding_dim=12), {"a": sections["patient 0"], "b": other})
+
+
+@pytest.mark.parametrize("options", [{"stepz": 1}, {"steps": 5, "checkpoint": "other run"}])
+def test_failed_fit_leaves_a_fitted_model_as_it_was(sections, stem, options, tmp_path):
+    if "checkpoint" in options:
+        options = {**options, "checkpoint": tmp_path / "run"}
+        other = models.Stem(stem.genes, embedding_dim=12, width=8, depth=1, heads=2)
+        tl.fit(other, sections["patient 0"], steps=2, batch_size=8, checkpoint=tmp_path / "run", **QUIET)
+    before, record = stem.weights_sha256(), stem.record
+    with pytest.raises((TypeError, ValueError), match=r"stepz|another run"):
+        tl.fit(stem, sections["patient 1"], **options, **QUIET)
+    assert stem.weights_sha256() == before
+    assert stem.record is record
+    assert not stem.training
+
+
+def test_a_layer_of_the_users_is_not_replaced_by_spread(section, probe):
+    adata = section["spot_counts"]
+    adata.layers["z_std"] = adata.X.copy()
+    with pytest.raises(ValueError, match="z_std"):
+        tl.predict_expression(adata, model=probe, key_added="z", **QUIET)
+    assert "z_std" in adata.layers
+    assert "z" not in adata.layers
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5000}, {"solver": "euler"}, {"folds": 1}])
+def test_sampler_is_checked_before_any_work(section, stem, options, monkeypatch):
+    monkeypatch.setattr(models.Stem, "sample", lambda *_, **__: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=next(iter(options))):
+        tl.predict_expression(section, model=stem, **{**QUIET, **options})
 
 
 def test_unknown_gene_is_named(sections):

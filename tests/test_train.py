@@ -247,6 +247,18 @@ def test_seed_decides(uninterrupted):
     assert not torch.equal(other.gene_type, again.gene_type)
 
 
+def test_initial_weights_come_from_the_seed_until_a_model_is_fitted(uninterrupted):
+    fresh, fitted = runs.model(), runs.model()
+    with torch.no_grad():
+        for model in (fresh, fitted):
+            model.gene_type += 1
+    fitted.record, before = {"note": "fitted before"}, fitted.gene_type.detach().clone()
+    fresh.fit(*runs.data(), **OPTIONS)
+    fitted.fit(*runs.data(), **OPTIONS, lr=0.0)
+    assert_same(weights(fresh), uninterrupted[0])
+    assert torch.equal(fitted.gene_type, before)
+
+
 def test_global_random_states_are_left_alone():
     model, data = runs.model(), runs.data()
     before = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002

@@ -140,7 +140,7 @@ DEATHS = [
 
 
 def distributed(folder: Path, rank: int, port: int) -> None:
-    """One of two processes, in the environment that ``accelerate launch --cpu --num_processes 2`` makes."""
+    """One of two processes on the CPU, in the environment that ``torchrun`` makes."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "FORK_LAUNCHED": "1",

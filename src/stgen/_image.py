@@ -1,15 +1,30 @@
-"""Histology images, read lazily and at a stated resolution."""
+"""Histology images, read lazily and at a stated resolution, and the scale of their coordinate systems."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import sparse
+from spatialdata import SpatialData
+from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
-__all__ = ["Histology", "image_levels", "resample_matrix", "spatial_groups"]
+__all__ = [
+    "Histology",
+    "affine_to",
+    "image_levels",
+    "image_of",
+    "is_micrometers",
+    "micrometers_per_unit",
+    "resample_matrix",
+    "spatial_groups",
+]
+
+# spatialdata.concatenate adds a suffix: "um" becomes "um-A"
+_MICROMETERS = re.compile(r"(um|µm|μm|microns?|micromet(er|re)s?)(-.+)?", re.IGNORECASE)
 
 _FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}
 
@@ -242,3 +257,49 @@ def _to_cyx(level: DataArray) -> DataArray:
     if "c" not in level.coords:
         level = level.assign_coords(c=np.arange(level.sizes["c"]))
     return level
+
+
+# -- coordinate systems -----------------------------------------------------------------------------------------------
+def is_micrometers(system: str) -> bool:
+    """Whether a coordinate system is in µm, by its name."""
+    return _MICROMETERS.fullmatch(system) is not None
+
+
+def affine_to(element: Any, system: str) -> tuple[np.ndarray, float]:
+    """The 3 x 3 matrix from the element to ``system`` over x, y, and its mean scale."""
+    matrix = get_transformation(element, system).to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y"))
+    scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"The transformation to {system!r} is singular: {matrix.tolist()}.")
+    axes = np.linalg.norm(matrix[:2, :2], axis=0)
+    if axes.max() > 1.05 * axes.min():
+        raise ValueError(
+            f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be square."
+        )
+    return matrix, scale
+
+
+def micrometers_per_unit(element: Any, scale: float) -> float | None:
+    """µm per unit of the system in use, from another coordinate system of the image that is in µm."""
+    for name in get_transformation(element, get_all=True):
+        if is_micrometers(name):
+            return affine_to(element, name)[1] / scale
+    return None
+
+
+def image_of(
+    sdata: SpatialData, image_key: str, *, mpp: float | None = None, coordinate_system: str | None = None
+) -> Histology:
+    """An image of ``sdata`` on its own; µm per pixel from ``mpp`` or from a micrometer coordinate system."""
+    element = sdata.images[image_key]
+    if mpp is None:
+        systems = (
+            [coordinate_system] if coordinate_system is not None else list(get_transformation(element, get_all=True))
+        )
+        mpp = next((affine_to(element, name)[1] for name in systems if is_micrometers(name)), None)
+    if mpp is None:
+        raise ValueError(
+            f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "
+            f"({', '.join(systems)}) is in micrometers. Pass mpp=<µm per image pixel>."
+        )
+    return Histology(image_levels(element), mpp=mpp)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -18,7 +17,7 @@ from spatialdata import SpatialData, get_centroids
 from spatialdata.transformations import get_transformation
 from xarray import DataArray
 
-from stgen._image import Histology, image_levels
+from stgen._image import Histology, affine_to, image_levels, image_of, is_micrometers, micrometers_per_unit
 from stgen._results import (
     check_new_key,
     provenance,
@@ -50,7 +49,6 @@ __all__ = [
 
 logger = logging.getLogger("stgen")
 
-_MICROMETERS = re.compile(r"^(um|µm|μm|microns?|micromet(er|re)s?)$", re.IGNORECASE)
 _VISIUM_PITCH_UM = 100.0
 
 
@@ -91,6 +89,8 @@ def get_section(
 ) -> Section:
     """Find table, image and locations, and bring the locations into pixels of the image.
 
+    A section is one region: a table with rows in several, or several libraries, is refused.
+
     Parameters
     ----------
     data
@@ -101,7 +101,7 @@ def get_section(
     table_key
         Table to use (SpatialData); None if there is exactly one that fits.
     shapes_key
-        Element whose locations are meant, where the table annotates several, or to choose among tables.
+        Element that the table annotates; chooses among tables.
     mpp
         µm per pixel: of the image's finest level (SpatialData) or of the full-resolution image that
         ``obsm["spatial"]`` refers to (AnnData). None: from a micrometer coordinate system, or from the 100 µm pitch of
@@ -161,13 +161,15 @@ def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float |
             f'{_listed(table.obsm)}). Set adata.obsm["spatial"] to x, y in full-resolution pixels.'
         )
     xy = _as_xy(table.obsm["spatial"], 'obsm["spatial"]')
+    _region_of(table, "The object")
     libraries = table.uns.get("spatial", {})
-    library = libraries[next(iter(libraries))] if len(libraries) == 1 else {}
-    if len(libraries) > 1 and need_image:
+    if len(libraries) > 1:
         raise ValueError(
-            f'uns["spatial"] holds several libraries: {_listed(libraries)}. Pass one section at a time, such as '
-            'adata[adata.obs["library_id"] == <library>].copy() with only that entry in uns["spatial"].'
+            f'uns["spatial"] holds several libraries: {_listed(libraries)}. Pass one section at a time, several as a '
+            'mapping (stgen.tl.fit): {name: adata[adata.obs["library_id"] == name].copy() for name in libraries}, with '
+            'only its own entry in uns["spatial"] of each.'
         )
+    library = next(iter(libraries.values()), {})
     factors = library.get("scalefactors", {})
     diameter = factors.get("spot_diameter_fullres")
     if mpp is None and factors:
@@ -223,38 +225,32 @@ def _section_from_spatialdata(
     _check_not_empty(table)
     if need_image or image_key is not None:
         image_key = find_image(sdata, image_key)
-    regions, instances = _regions(sdata, table, table_key, shapes_key)
-    elements = [] if image_key is None else [sdata.images[image_key]]
-    names = [image_key, *regions] if elements else list(regions)
-    system = _shared_system(names, [*elements, *(sdata[name] for name in regions)], coordinate_system)
+    region, instances = _region(sdata, table, table_key, shapes_key)
+    keys = [region] if image_key is None else [image_key, region]
+    system = _shared_system(keys, [sdata[key] for key in keys], coordinate_system)
 
-    xy = np.full((table.n_obs, 2), np.nan)
-    radius = []
-    for name, rows in regions.items():
-        centers = _centroids(sdata[name], system)
-        position = centers.index.get_indexer(instances[rows])
-        if (position < 0).any():
-            missing = instances[rows][position < 0]
-            raise ValueError(
-                f"{len(missing)} rows of the table {table_key!r} point at instances that {name!r} does not have "
-                f"({_listed(missing)}). Match them with sdata.filter_by_coordinate_system or spatialdata.match_table_to_element."
-            )
-        xy[rows] = centers[["x", "y"]].to_numpy()[position]
-        if "radius" in getattr(sdata[name], "columns", ()):
-            radius.append(sdata[name]["radius"].to_numpy() * _affine(sdata[name], system)[1])
-    xy = _as_xy(xy, f"the locations of the table {table_key!r}")
-    radii = np.concatenate(radius) if len(radius) == len(regions) else np.empty(0)
+    element = sdata[region]
+    centers = _centroids(element, system)
+    position = centers.index.get_indexer(instances)
+    if (position < 0).any():
+        missing = instances[position < 0]
+        raise ValueError(
+            f"{len(missing)} rows of the table {table_key!r} point at instances that {region!r} does not have "
+            f"({_listed(missing)}). Match them with sdata.filter_by_coordinate_system or spatialdata.match_table_to_element."
+        )
+    xy = _as_xy(centers[["x", "y"]].to_numpy()[position], f"the locations of the table {table_key!r}")
+    radii = element["radius"].to_numpy() if "radius" in getattr(element, "columns", ()) else np.empty(0)
     one_size = radii.size > 0 and np.ptp(radii) <= 0.01 * radii.mean()
-    diameter = float(2 * radii.mean()) if one_size else None
+    diameter = float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None
 
-    um_per_unit = 1.0 if _MICROMETERS.match(system) else None
+    um_per_unit = 1.0 if is_micrometers(system) else None
     if image_key is None:
         scale = mpp if mpp is not None else um_per_unit
         spot_um = None if scale is None or diameter is None else diameter * scale
         return Section(table, None, xy, scale, spot_um, table_key=table_key)
-    matrix, scale = _affine(sdata.images[image_key], system)
+    matrix, scale = affine_to(sdata.images[image_key], system)
     if mpp is None:
-        um_per_unit = um_per_unit or _micrometers_elsewhere(sdata.images[image_key], scale)
+        um_per_unit = um_per_unit or micrometers_per_unit(sdata.images[image_key], scale)
         um_per_unit = um_per_unit or _mpp_from_pitch(xy, diameter)
         if um_per_unit is None:
             raise ValueError(
@@ -277,24 +273,6 @@ def find_image(sdata: SpatialData, image_key: str | None) -> str:
     return only_key(keys, image_key, argument="image_key", what="image")
 
 
-def image_of(
-    sdata: SpatialData, image_key: str, *, mpp: float | None = None, coordinate_system: str | None = None
-) -> Histology:
-    """An image of ``sdata`` on its own; µm per pixel from ``mpp`` or from a micrometer coordinate system."""
-    element = sdata.images[image_key]
-    if mpp is None:
-        systems = (
-            [coordinate_system] if coordinate_system is not None else list(get_transformation(element, get_all=True))
-        )
-        mpp = next((_affine(element, name)[1] for name in systems if _MICROMETERS.match(name)), None)
-    if mpp is None:
-        raise ValueError(
-            f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "
-            f"({_listed(systems)}) is in micrometers. Pass mpp=<µm per image pixel>."
-        )
-    return Histology(image_levels(element), mpp=mpp)
-
-
 def _find_table(sdata: SpatialData, table_key: str | None, shapes_key: str | None) -> str:
     if table_key is not None or shapes_key is None:
         return only_key(sdata.tables, table_key, argument="table_key", what="table")
@@ -312,31 +290,36 @@ def _region_names(table: AnnData) -> list[str]:
     return [region] if isinstance(region, str) else list(region or [])
 
 
-def _regions(
-    sdata: SpatialData, table: AnnData, table_key: str, shapes_key: str | None
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Element name -> rows of the table that belong to it, and the instance of every row."""
+def _region_of(table: AnnData, name: str) -> str | None:
+    """The one element in which the rows lie, None if the table annotates none; an error if there are several."""
     attrs = table.uns.get("spatialdata_attrs")
-    if not attrs:
+    if not attrs or attrs.get("region_key") not in table.obs:
+        return None
+    key = attrs["region_key"]
+    regions = table.obs[key].astype(str).unique()
+    if len(regions) > 1:
+        names = ", ".join(map(repr, regions[:3])) + (", ..." if len(regions) > 3 else "")
+        raise ValueError(
+            f"{name} has rows in {len(regions)} regions ({_listed(regions)}), and a section is one region on one image. "
+            f"Split it and pass the parts, several as a mapping: {{name: sdata.subset([name, <its image>]) for name in "
+            f"[{names}]}} (SpatialData), or {{name: adata[adata.obs[{key!r}] == name].copy() for name in [{names}]}} (AnnData)."
+        )
+    return regions[0]
+
+
+def _region(sdata: SpatialData, table: AnnData, table_key: str, shapes_key: str | None) -> tuple[str, np.ndarray]:
+    """The element that the table annotates, and the instance of every row."""
+    region = _region_of(table, f"The table {table_key!r}")
+    if region is None:
         raise ValueError(
             f"The table {table_key!r} annotates no element, so its rows have no spatial coordinates. Link it with "
             "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
         )
-    region_of_row = table.obs[attrs["region_key"]].astype(str).to_numpy()
-    names = [name for name in _region_names(table) if (region_of_row == name).any()]
-    if shapes_key is not None:
-        if shapes_key not in names:
-            raise KeyError(f"The table {table_key!r} does not annotate {shapes_key!r}; it annotates {_listed(names)}.")
-        if names != [shapes_key]:
-            raise ValueError(
-                f"The table {table_key!r} annotates {_listed(names)}, not only {shapes_key!r}. Pass a table of one element."
-            )
-    absent = [name for name in names if name not in sdata]
-    if absent or not names:
-        raise KeyError(
-            f"The table {table_key!r} annotates {_listed(absent or region_of_row[:1])}, which are not in the object."
-        )
-    return {name: np.flatnonzero(region_of_row == name) for name in names}, table.obs[attrs["instance_key"]].to_numpy()
+    if shapes_key not in (None, region):
+        raise KeyError(f"The table {table_key!r} does not annotate {shapes_key!r}; it annotates {region}.")
+    if region not in sdata:
+        raise KeyError(f"The table {table_key!r} annotates {region!r}, which is not in the object.")
+    return region, table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
 
 
 def _shared_system(names: Sequence[str], elements: Sequence[Any], wanted: str | None) -> str:
@@ -352,36 +335,14 @@ def _shared_system(names: Sequence[str], elements: Sequence[Any], wanted: str | 
             f"The image and the locations share no coordinate system ({found}). Align them with "
             "spatialdata.transformations.set_transformation(element, transformation, to_coordinate_system=...)."
         )
-    micrometers = [name for name in shared if _MICROMETERS.match(name)]
+    micrometers = [name for name in shared if is_micrometers(name)]
     return (micrometers or [name for name in shared if name == "global"] or shared)[0]
-
-
-def _affine(element: Any, system: str) -> tuple[np.ndarray, float]:
-    """The 3 x 3 matrix from the element to ``system`` over x, y, and its mean scale."""
-    matrix = get_transformation(element, system).to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y"))
-    scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
-    if not (np.isfinite(scale) and scale > 0):
-        raise ValueError(f"The transformation to {system!r} is singular: {matrix.tolist()}.")
-    axes = np.linalg.norm(matrix[:2, :2], axis=0)
-    if axes.max() > 1.05 * axes.min():
-        raise ValueError(
-            f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be square."
-        )
-    return matrix, scale
-
-
-def _micrometers_elsewhere(element: Any, scale: float) -> float | None:
-    """µm per unit of the system in use, from another coordinate system of the image that is in µm."""
-    for name in get_transformation(element, get_all=True):
-        if _MICROMETERS.match(name):
-            return _affine(element, name)[1] / scale
-    return None
 
 
 def _centroids(element: Any, system: str) -> pd.DataFrame:
     """Columns x, y in ``system``, indexed by instance."""
     if hasattr(element, "geometry"):
-        matrix, _ = _affine(element, system)
+        matrix, _ = affine_to(element, system)
         points = element.geometry.centroid
         xy = np.column_stack([points.x, points.y, np.ones(len(points))]) @ matrix.T
         return pd.DataFrame({"x": xy[:, 0], "y": xy[:, 1]}, index=element.index)
@@ -437,7 +398,7 @@ def _check_not_empty(table: AnnData) -> None:
 def get_counts(
     table: AnnData, *, genes: Sequence[str] | None = None, layer: str | None = None, dense: bool = True
 ) -> np.ndarray | sparse.csr_array:
-    """Float32 counts ``(n_obs, n_genes)``, checked.
+    """Float32 counts ``(n_obs, n_genes)``, checked; values that are no counts are warned about.
 
     Parameters
     ----------
@@ -464,6 +425,8 @@ def get_counts(
     where = "X" if layer is None else f"layers[{layer!r}]"
     if values is None:
         raise ValueError('The table has no X; pass layer="<name>" or set adata.X to the counts.')
+    if not (isinstance(values, np.ndarray) or sparse.issparse(values) or hasattr(values, "compute")):  # on disk
+        values = values.to_memory() if hasattr(values, "to_memory") else np.asarray(values)
     if genes is not None:
         genes = list(genes)
         position = table.var_names.get_indexer(genes)
@@ -486,10 +449,25 @@ def get_counts(
             f"{where} holds negative values (down to {stored.min():.4g}); it must hold counts. Pass "
             'layer="<name of the layer with the counts>".'
         )
+    _warn_unless_whole(stored, where)
     if not dense:
         return sparse.csr_array(values, dtype=np.float32)
     values = values.toarray() if sparse.issparse(values) else np.asarray(values)
     return values.astype(np.float32)
+
+
+def _warn_unless_whole(stored: np.ndarray, where: str) -> None:
+    """Warn if the values are clearly not whole numbers, judged by a sample."""
+    sample = stored.ravel()[:: max(1, stored.size // 100_000)]
+    sample = sample[sample > 0]
+    fractional = np.abs(sample - np.round(sample)) > 1e-3
+    if fractional.size and fractional.mean() > 0.01:
+        logger.warning(
+            "%s does not hold whole numbers (such as %.4g) and is taken as counts. If it is normalized or log-transformed, "
+            'pass the layer with the counts: layer="counts".',
+            where,
+            sample[np.argmax(fractional)],
+        )
 
 
 def _listed(values: Iterable[Any], limit: int = 5) -> str:

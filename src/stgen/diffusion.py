@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -165,6 +165,13 @@ class Diffusion:
             log_var = fraction * beta.log() + (1 - fraction) * log_var
         return mean, log_var.expand_as(mean)
 
+    def check_sampling(self, steps: int, solver: Solver) -> None:
+        """Refuse an impossible number of steps or an unknown solver."""
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"`steps` must lie in 1..{self.timesteps} (the levels of the diffusion), found {steps}.")
+        if solver not in get_args(Solver):
+            raise ValueError(f"`solver` must be one of {', '.join(map(repr, get_args(Solver)))}, found {solver!r}.")
+
     @torch.no_grad()
     def sample(
         self,
@@ -198,8 +205,7 @@ class Diffusion:
         -------
         The clean value, shape ``(B, ...)``.
         """
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"`steps` must lie in 1..{self.timesteps} (the levels of the diffusion), found {steps}.")
+        self.check_sampling(steps, solver)
 
         def estimate(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             prediction, fraction = self.split(denoise(x_t, t))

@@ -207,7 +207,8 @@ def coverage(samples: np.ndarray, truth: np.ndarray, level: float = 0.9) -> np.n
     truth
         Shape ``(n, G)``.
     level
-        Nominal coverage; a calibrated model scores this number.
+        Nominal coverage. Independent samples of a calibrated model score this number; samples from centered noise score
+        a little more (.916 instead of .9 for 20 samples of a Gaussian model).
 
     Returns
     -------
@@ -218,10 +219,20 @@ def coverage(samples: np.ndarray, truth: np.ndarray, level: float = 0.9) -> np.n
     return ((low <= truth) & (truth <= high)).mean(0)
 
 
-def crps(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def crps(samples: np.ndarray, truth: np.ndarray, *, centered: bool = False) -> np.ndarray:
     """Continuous ranked probability score, per gene, in units of the scale (lower is better; the MAE of one sample).
 
     The fair estimator, ``mean |x - y| - mean |x - x'| / 2`` over distinct pairs of samples.
+
+    Parameters
+    ----------
+    samples
+        Shape ``(S, n, G)``.
+    truth
+        Shape ``(n, G)``.
+    centered
+        Whether the samples come from centered noise (:func:`stgen.diffusion.centered_noise`). Pairs of them lie further
+        apart than independent ones, by ``sqrt(S / (S - 1))`` in a Gaussian model, which is then taken out.
 
     Examples
     --------
@@ -237,6 +248,8 @@ def crps(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
         return error.mean(0)
     ranks = 2 * np.arange(1, n + 1) - n - 1
     spread = np.einsum("s,sng->ng", ranks, np.sort(samples, 0)) * 2 / (n * (n - 1))
+    if centered:
+        spread = spread * np.sqrt((n - 1) / n)
     return (error - spread / 2).mean(0)
 
 

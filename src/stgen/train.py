@@ -350,6 +350,6 @@ def _accelerator(device: str | None, precision: str | None):
         precision = "bf16" if found.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
     if PartialState().num_processes == 1:  # under `accelerate launch` the launcher decides
         AcceleratorState._reset_state(reset_partial_state=True)
-        if found.type == "cuda":
+        if found.type == "cuda" and found.index is not None:
             torch.cuda.set_device(found)
     return Accelerator(cpu=found.type == "cpu", mixed_precision=precision)

@@ -91,9 +91,8 @@ class Model(nn.Module, ABC):
     ) -> Tensor:
         """Draw samples given a batch's histology, shape ``(B, n_samples, G)``, on the scale ``transform``."""
 
-    def extra_state(self) -> dict[str, Any]:
-        """What a subclass wants kept in ``config.json`` beside its arguments; JSON values."""
-        return {}
+    def check_sampling(self, steps: int, solver: Solver) -> None:
+        """Refuse a sampler that :meth:`sample` could not use; a model that does not use one takes any."""
 
     def weights_sha256(self) -> str:
         """Hash of all weights and buffers, which identifies a fitted model."""
@@ -184,6 +183,10 @@ class DiffusionModel(Model):
     diffusion: Diffusion
 
     @abstractmethod
+    def initialize(self) -> None:
+        """Draw initial weights from torch's global generator."""
+
+    @abstractmethod
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """Everything the network needs to know of a batch besides the noised value; first dimension ``B``."""
 
@@ -209,10 +212,22 @@ class DiffusionModel(Model):
         return self.loss(batch)
 
     def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
-        """Train with :func:`stgen.train.fit`, which takes the options."""
+        """Train with :func:`stgen.train.fit`, which takes the options.
+
+        A model that is not fitted begins with weights drawn from the option ``seed``, so that the same call gives the
+        same model; a fitted one goes on from its weights.
+        """
         from stgen.train import fit
 
+        if not self.fitted:
+            with torch.random.fork_rng():
+                torch.manual_seed(options.get("seed", 0))
+                self.initialize()
         return fit(self, train, validation, **options)
+
+    def check_sampling(self, steps: int, solver: Solver) -> None:
+        """Refuse a sampler that :meth:`sample` could not use."""
+        self.diffusion.check_sampling(steps, solver)
 
     @torch.no_grad()
     def sample(

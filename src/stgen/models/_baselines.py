@@ -147,22 +147,25 @@ class LinearProbe(_Point):
         h, x = data.h[:, 0], data.x
         folds = torch.as_tensor(group_folds(data.group))
         penalties = self.config["penalties"]
-        held_out = torch.zeros(len(penalties), *x.shape)
-        error = torch.zeros(len(penalties))
+        fits, error = [], torch.zeros(len(penalties))
         for fold in folds.unique():
             inside = folds != fold
             standardize = Standardize(h.shape[1], self.config["clamp"]).fit(h[inside])
-            weight, bias = ridge(standardize(h[inside]), x[inside], penalties)
-            held_out[:, ~inside] = standardize(h[~inside]) @ weight + bias
-            difference = held_out[:, ~inside] - x[~inside]
-            error += (difference - difference.mean(1, keepdim=True)).square().sum((1, 2))
+            fits.append((~inside, standardize(h[~inside]), *ridge(standardize(h[inside]), x[inside], penalties)))
+            rows, z, weights, biases = fits[-1]
+            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                difference = z @ weight + bias - x[rows]
+                error[i] += (difference - difference.mean(0)).square().sum()
         best = int(error.argmin())
+        held_out = torch.zeros_like(x)
+        for rows, z, weights, biases in fits:
+            held_out[rows] = z @ weights[best] + biases[best]
+        self.standardize.fit(h)  # not used below: a model that was fitted before may be on another device than the data
         weight, bias = ridge(Standardize(h.shape[1], self.config["clamp"]).fit(h)(h), x, [penalties[best]])
-        self.standardize.fit(h)
         self.weight.copy_(weight[0])
         self.bias.copy_(bias[0, 0])
         self.penalty.fill_(penalties[best])
-        return held_out[best]
+        return held_out
 
     def predict(self, h: Tensor) -> Tensor:
         """The linear prediction."""

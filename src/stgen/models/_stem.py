@@ -67,7 +67,7 @@ class Stem(DiffusionModel):
     genes_per_token
         1 as published; the cost of attention falls with its square and that of all else in proportion.
     image_hidden
-        Hidden width of the MLP on the embedding; ``None`` for ``embedding_dim``, as published.
+        Hidden width of the MLP on the embedding; the paper's preset takes ``embedding_dim``.
     image_dropout
         Dropout on the embedding where it enters the transformer.
     activation
@@ -136,9 +136,9 @@ class Stem(DiffusionModel):
         )
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, (2 if learned_variance else 1) * per_token)
-        self._initialize()
+        self.initialize()
 
-    def _initialize(self) -> None:
+    def initialize(self) -> None:
         """Xavier everywhere, small embeddings, zero where adaLN-Zero starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -23,7 +23,7 @@ _SIDE_UM_RANGE = (20.0, 2e5)
 _MASK_PX = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AlignmentReport:
     """What :func:`stgen.pp.check_alignment` found.
 
@@ -34,6 +34,8 @@ class AlignmentReport:
     >>> report = stgen.pp.check_alignment(sdata, table_key="spot_counts")
     >>> report.inside, report.mpp
     (1.0, 1.0)
+    >>> print(report)  # doctest: +ELLIPSIS
+    AlignmentReport(... locations...: 100 % inside the image, ...)
     """
 
     n_locations: int
@@ -53,6 +55,16 @@ class AlignmentReport:
     """Median distance to the nearest neighbor in µm (NaN below seven locations)."""
     warnings: tuple[str, ...]
     """What looks suspicious; empty if nothing does."""
+
+    def __repr__(self) -> str:
+        width, height = self.image_um
+        pitch = "" if np.isnan(self.pitch_um) else f", {self.pitch_um:.4g} µm apart"
+        return (
+            f"AlignmentReport({self.n_locations:,} locations{pitch}: {100 * self.inside:.0f} % inside the image, "
+            f"{100 * self.on_tissue:.0f} % on tissue ({100 * self.on_tissue_swapped:.0f} % with x and y exchanged); image "
+            f"{width:,.0f} x {height:,.0f} µm, {self.mpp:.4g} µm per pixel, {100 * self.tissue_fraction:.0f} % tissue; "
+            f"{'; '.join(self.warnings) or 'no warnings'})"
+        )
 
 
 def check_alignment(

@@ -16,6 +16,7 @@ from stgen._io import Section, check_new_key, get_section, get_table, provenance
 from stgen.data import dihedral
 from stgen.pp._alignment import check_section, known_scales
 from stgen.pp._encoders import Encoder, get_encoders, name_of
+from stgen.train import check_device
 
 __all__ = ["embed"]
 
@@ -58,7 +59,7 @@ def embed(
         - the name of a pathology encoder of lazyslide-models, such as ``"uni2"``, ``"virchow2"`` or ``"h-optimus-1"``
           (``pip install "stgen[encoders]"``).
         - any callable or ``torch.nn.Module`` that takes float tensors ``(n, c, h, w)`` in [0, 1], c = 3 for H&E, and
-          returns ``(n, d)``. It is moved to ``device`` and called in evaluation mode.
+          returns ``(n, d)``. A module runs on ``device`` in evaluation mode, and is left as it was.
         - several of these, as a sequence or joined by ``"+"``: their embeddings are concatenated in that order. Stem
           uses UNI and CONCH: ``"uni+conch-madeleine"``, the second being CONCH before its text projection.
     patch_um
@@ -71,7 +72,8 @@ def embed(
         µm per pixel, if the data do not say: of the image's finest level (SpatialData) or of the full-resolution image
         that ``obsm["spatial"]`` refers to (AnnData).
     table_key, shapes_key
-        Which table, and which of the elements that it annotates; None where there is one candidate.
+        Which table, by name or by the element that it annotates; None where there is one candidate. All its rows must
+        lie in one region.
     coordinate_system
         Where image and locations meet; None picks a micrometer one, then "global".
     key_added
@@ -96,8 +98,10 @@ def embed(
     - ``obsm[key_added]``: float32 embedding ``(n_obs, d)``, without a unit.
     - ``obsm[f"{key_added}_views"]``, with ``views=8``: float32 ``(n_obs, 8, d)`` in the order of
       :func:`stgen.data.dihedral`; view 0 equals ``obsm[key_added]``.
-    - ``uns["stgen"][key_added]``: model and whether its name is enough to embed again, patch sizes (µm), µm per pixel of
-      the image, version.
+    - ``uns["stgen"][key_added]``: ``"model"`` and, in ``"by_name"``, whether its name is enough to embed again;
+      ``"patch_um"`` and ``"patch_px"``, of all encoders one after the other, ``"default_patches"`` where neither was
+      given, ``"patch_um_given"`` and ``"patch_px_given"`` where they were; ``"image_mpp"`` (µm per pixel of the image),
+      ``"image_key"``, ``"n_features"``, ``"views"``, ``"function"``, ``"version"``.
 
     Raises
     ------
@@ -119,7 +123,7 @@ def embed(
     if isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, found {batch_size!r}.")
     where = {"table_key": table_key, "shapes_key": shapes_key}
-    device = _device(device)
+    device = check_device(device)
     section = get_section(
         data, image_key=image_key, mpp=mpp, coordinate_system=coordinate_system, need_image=True, **where
     )
@@ -152,7 +156,7 @@ def embed(
 
     result = data
     if copy:
-        result = data.copy() if isinstance(data, AnnData) else shallow_copy(data)
+        result = shallow_copy(data) if isinstance(data, SpatialData) else _copied(data)
     table = get_table(result, **where)
     table.obsm[key_added] = np.ascontiguousarray(features[:, 0])
     if views == 8:
@@ -164,6 +168,9 @@ def embed(
         model="+".join(encoder.name for encoder in encoders),
         patch_um=_values([encoder.sizes_um for encoder in encoders]),
         patch_px=_values([(encoder.patch_px,) for encoder in encoders]),
+        default_patches=patch_um is None and patch_px is None,
+        patch_um_given=None if patch_um is None else _joined(np.atleast_1d(patch_um)),
+        patch_px_given=None if patch_px is None else int(patch_px),
         image_key=section.image_key,
         image_mpp=section.image.mpp,
         n_features=features.shape[2],
@@ -189,45 +196,41 @@ def _label(model: object) -> str:
 
 def _values(groups: Sequence[tuple[float, ...]]) -> float | str:
     values = [value for group in groups for value in group]
-    return values[0] if len(values) == 1 else ", ".join(f"{value:g}" for value in values)
+    return values[0] if len(values) == 1 else _joined(values)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f'There is no device {str(device)!r} here ({error}); pass device="cpu", or None to choose.'
-        ) from error
-    return device
+def _joined(values: Sequence[float]) -> str:
+    """The numbers as text that gives exactly them again."""
+    return ", ".join(repr(float(value)).removesuffix(".0") for value in values)
+
+
+def _copied(table: AnnData) -> AnnData:
+    return table.to_memory() if table.isbacked else table.copy()
 
 
 @torch.no_grad()
 def _run(section: Section, encoders: Sequence[Encoder], *, views: int, batch_size: int, progress: bool) -> np.ndarray:
     """Features (n, views, d) of all encoders and patch sizes, concatenated."""
-    n = len(section.xy_px)
-    steps = sum(len(encoder.sizes_um) for encoder in encoders)
-    parts: list[np.ndarray] = []
-    with tqdm(
-        total=n * steps, desc="embed", unit="patch", leave=False, **({} if progress else {"disable": True})
-    ) as bar:
+    total = len(section.xy_px) * sum(len(encoder.sizes_um) for encoder in encoders)
+    parts = []
+    with tqdm(total=total, desc="embed", unit="patch", leave=False, **({} if progress else {"disable": True})) as bar:
         for encoder in encoders:
-            for size_um in encoder.sizes_um:
-                part: np.ndarray | None = None
-                patches = section.image.patches(
-                    section.xy_px, size_um=size_um, out_px=encoder.patch_px, batch_size=batch_size
-                )
-                for rows, values in patches:
-                    seen = _views(encoder, torch.from_numpy(values), size_um / encoder.patch_px, views)
-                    if part is None:
-                        part = np.empty((n, views, seen.shape[2]), dtype=np.float32)
-                    part[rows] = seen
-                    bar.update(len(rows))
-                parts.append(part)
+            with encoder.running():
+                parts += [_one(section, encoder, size, views, batch_size, bar) for size in encoder.sizes_um]
     return np.concatenate(parts, axis=2)
+
+
+def _one(section: Section, encoder: Encoder, size_um: float, views: int, batch_size: int, bar: tqdm) -> np.ndarray:
+    """Features (n, views, d) of one encoder and patch size."""
+    features: np.ndarray | None = None
+    patches = section.image.patches(section.xy_px, size_um=size_um, out_px=encoder.patch_px, batch_size=batch_size)
+    for rows, values in patches:
+        seen = _views(encoder, torch.from_numpy(values), size_um / encoder.patch_px, views)
+        if features is None:
+            features = np.empty((len(section.xy_px), views, seen.shape[2]), dtype=np.float32)
+        features[rows] = seen
+        bar.update(len(rows))
+    return features
 
 
 def _views(encoder: Encoder, patches: Tensor, mpp: float, views: int) -> np.ndarray:

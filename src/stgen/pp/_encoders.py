@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ class Encoder:
     encode: Callable[[Tensor, float], Tensor]  # patches (n, c, s, s) in [0, 1] and µm per pixel -> (n, d)
     invariant: bool = False  # whether the eight dihedral views are one by construction
     rgb_only: bool = False
+    running: Callable[[], AbstractContextManager] = nullcontext  # surrounds all calls of encode
 
 
 def get_encoders(
@@ -48,25 +52,30 @@ def get_encoders(
     sizes = None if patch_um is None else tuple(float(size) for size in np.atleast_1d(patch_um))
     if sizes is not None and not all(np.isfinite(size) and size > 0 for size in sizes):
         raise ValueError(f"`patch_um` must be positive, found {patch_um!r}.")
-    if patch_px is not None and (isinstance(patch_px, bool) or int(patch_px) != patch_px or patch_px < 8):
-        raise ValueError(f"`patch_px` must be a whole number of at least 8 pixels, found {patch_px!r}.")
+    if patch_px is not None:
+        if isinstance(patch_px, bool) or int(patch_px) != patch_px or patch_px < 8:
+            raise ValueError(f"`patch_px` must be a whole number of at least 8 pixels, found {patch_px!r}.")
+        patch_px = int(patch_px)
     encoders = []
     for part in parts:
         if part == "texture":
             encode = _on(device, texture_features)
             encoders.append(Encoder("texture", sizes or TEXTURE_UM, patch_px or TEXTURE_PX, encode, invariant=True))
             continue
+        native, running = None, nullcontext
         if isinstance(part, str):
             name, encode, native = part, *_from_lazyslide(part, device)
         elif callable(part):
-            name, encode, native = name_of(part), _from_callable(part, device), None
+            name, encode = name_of(part), _from_callable(part, device)
+            running = partial(_borrowed, part, device) if isinstance(part, nn.Module) else nullcontext
         else:
             raise TypeError(
                 f'`model` must be "texture", the name of an encoder, or a callable on (n, 3, h, w) tensors; found '
                 f"{type(part).__name__}."
             )
         side = patch_px or native or _PATCH_PX
-        encoders.append(Encoder(name, sizes or (_PATCH_UM,), side, encode, rgb_only=isinstance(part, str)))
+        sizes_um = sizes or (_PATCH_UM,)
+        encoders.append(Encoder(name, sizes_um, side, encode, rgb_only=isinstance(part, str), running=running))
     return encoders
 
 
@@ -83,17 +92,21 @@ def name_of(model: object) -> str:
 
 
 def _from_callable(model: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor, float], Tensor]:
-    def encode(patches: Tensor, mpp: float) -> Tensor:
-        if not isinstance(model, nn.Module):
-            return model(patches.to(device))
-        training = model.training
-        model.eval()
-        try:
-            return model.to(device)(patches.to(device))
-        finally:
-            model.train(training)
+    return lambda patches, mpp: model(patches.to(device))
 
-    return encode
+
+@contextmanager
+def _borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The user's module on ``device`` and in evaluation mode, and afterwards as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), device)
+    try:
+        model.to(device).eval()
+        yield
+    finally:
+        model.to(home)
+        for module, training in modes:
+            module.training = training
 
 
 def _from_lazyslide(name: str, device: torch.device) -> tuple[Callable[[Tensor, float], Tensor], int | None]:

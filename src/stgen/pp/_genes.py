@@ -13,6 +13,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from stgen._io import get_counts, get_table, provenance, record
+from stgen.transforms import TARGET_SUM
 
 __all__ = ["select_genes"]
 
@@ -33,10 +34,11 @@ def select_genes(
     layer: str | None = None,
     table_key: str | None = None,
     key_added: str | None = "genes",
+    at_most: bool = False,
 ) -> list[str]:
     """Select the genes that a model is fitted to, on training tissue.
 
-    Only genes that every section has are considered. Pass training sections only: a list that has seen the test
+    Only genes that every section has, and that are not constant over all locations, are considered. Pass training sections only: a list that has seen the test
     section makes its scores look better than they are.
 
     Parameters
@@ -67,6 +69,8 @@ def select_genes(
     key_added
         The list and how it was made are recorded under this name (see Returns); an earlier list is replaced. None does
         not record it.
+    at_most
+        Take fewer where fewer are eligible, instead of raising.
 
     Returns
     -------
@@ -100,13 +104,16 @@ def select_genes(
             raise KeyError(f"obs has no column {groupby!r}; found {', '.join(table.obs.columns) or 'none'}.")
     counts = [get_counts(table, layer=layer, dense=False) for table in tables]
     shared = _shared_genes(tables, exclude)
-    if len(shared) < n:
-        raise ValueError(
-            f"Only {len(shared)} genes are eligible in all sections, {n} were asked for; pass a smaller n."
-        )
-    columns = [table.var_names.get_indexer(shared) for table in tables]
     totals = [np.asarray(c.sum(1)).ravel() for c in counts]
-    counts = [c[:, index] for c, index in zip(counts, columns, strict=True)]
+    counts = [c[:, table.var_names.get_indexer(shared)] for c, table in zip(counts, tables, strict=True)]
+    varies = _varies(counts)
+    if varies.sum() < (1 if at_most else n):
+        constant = len(varies) - varies.sum()
+        raise ValueError(
+            f"Only {varies.sum()} genes are eligible in all sections{f' ({constant} are constant)' if constant else ''}, "
+            f"{n} were asked for; pass a smaller n."
+        )
+    shared, counts = shared[varies], [c[:, varies] for c in counts]
     normalized = [_normalize(c, total) for c, total in zip(counts, totals, strict=True)]
 
     if flavor == "deg":
@@ -121,7 +128,7 @@ def select_genes(
         rank = _rank(mean) if flavor == "hvg" else np.maximum(_rank(mean[eligible]), _rank(variance[eligible]))
         rank = rank[eligible] if flavor == "hvg" else rank
         names = list(shared[eligible][np.argsort(rank, kind="stable")][:n])
-    if len(names) < n:
+    if len(names) < (1 if at_most else n):
         raise ValueError(
             f"Only {len(names)} genes are eligible for flavor={flavor!r}, {n} were asked for; pass a smaller n."
         )
@@ -151,9 +158,15 @@ def _shared_genes(tables: Sequence[AnnData], exclude: str | None) -> pd.Index:
     return shared if exclude is None else shared[~shared.str.contains(exclude)]
 
 
+def _varies(counts: Sequence[sparse.csr_array]) -> np.ndarray:
+    """Whether a gene has different counts somewhere in the sections taken together."""
+    lowest = np.min([c.min(0).toarray().ravel() for c in counts], axis=0)
+    return np.max([c.max(0).toarray().ravel() for c in counts], axis=0) > lowest
+
+
 def _normalize(counts: sparse.csr_array, total: np.ndarray) -> sparse.csr_array:
     """log1p of counts scaled to 10,000 per location, the total taken over all genes of the table."""
-    scaled = sparse.csr_array(sparse.diags_array(1e4 / np.maximum(total, 1.0)) @ counts)
+    scaled = sparse.csr_array(sparse.diags_array(TARGET_SUM / np.maximum(total, 1.0)) @ counts)
     scaled.data = np.log1p(scaled.data)
     return scaled.astype(np.float32)
 

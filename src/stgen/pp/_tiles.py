@@ -77,7 +77,8 @@ def tile_grid(
     - ``sdata.shapes[key_added]``: circles in pixels of the image, with all transformations of the image.
     - ``sdata.tables[table_key_added]``: a table of the tiles, without genes; ``obsm["spatial"]`` is x, y in µm from the
       upper left corner of the image, ``obs["tissue"]`` the share of tissue.
-    - ``attrs["stgen"][key_added]``: parameters.
+    - ``sdata.attrs["stgen"][key_added]``: ``"image_key"``, ``"spacing_um"``, ``"diameter_um"``, ``"min_tissue"``,
+      ``"image_mpp"`` (µm per pixel of the image), ``"n_tiles"``, ``"function"``, ``"version"``.
 
     Examples
     --------

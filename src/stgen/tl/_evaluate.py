@@ -57,7 +57,7 @@ def evaluate(
     key
         The result's ``key_added``.
     truth_layer
-        Layer with the measured counts; by default ``X``.
+        Layer with the measured counts; by default the ``layer`` of the prediction, or ``X``.
     table_key
         Table of a SpatialData; needed only if there are several.
     ranking
@@ -100,7 +100,7 @@ def evaluate(
     genes = list(table.var_names[predicted])
     samples = table.obsm.get(f"{key}_samples")
     pred = np.asarray(table.layers[key])[:, predicted]
-    truth = expression(table, genes, entry["transform"], layer=truth_layer)
+    truth = expression(table, genes, entry["transform"], layer=truth_layer or entry.get("layer"))
     if samples is not None:  # kept in the order in which the genes were asked for
         order = {gene: i for i, gene in enumerate(entry["sample_genes"].split("\n"))}
         samples = np.moveaxis(np.asarray(samples)[:, :, [order[gene] for gene in genes]], 1, 0)
@@ -132,7 +132,7 @@ def score(
         columns["RVD_sample"] = np.mean([metrics.rvd(s, truth) for s in samples], 0)
         for level in (0.5, 0.8, 0.9):
             columns[f"coverage_{level:.0%}"] = metrics.coverage(samples, truth, level)
-        columns["CRPS"] = metrics.crps(samples, truth)
+        columns["CRPS"] = metrics.crps(samples, truth, centered=True)
     frame = pd.DataFrame(columns, index=pd.Index(genes, name="gene"))
     summary = frame.mean().to_dict()
     summary |= {f"{name}_median": frame[name].median() for name in frame if name.startswith("RVD")}

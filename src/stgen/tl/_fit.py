@@ -16,7 +16,7 @@ from stgen.models import Model
 from stgen.tl._inputs import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
 from stgen.train import check_device
 
-__all__ = ["Source", "fit", "fit_arrays", "gather", "hold_out"]
+__all__ = ["Source", "check_training", "fit", "fit_arrays", "gather", "hold_out"]
 
 logger = logging.getLogger("stgen")
 
@@ -128,17 +128,17 @@ def gather(
                 f'the model takes {model.config["embedding_dim"]} features and obsm["{key}"] of section {name!r} has '
                 f"{found['n_features']}; construct it with embedding_dim={found['n_features']}."
             )
-        if embedding is not None and found != embedding:
+        embedding = embedding or found
+        if any(found.get(k) != v for k, v in embedding.items() if k != "image_mpp"):
             raise ValueError(
                 f"section {name!r} was embedded otherwise than those before it: {found} against {embedding}."
             )
-        embedding = found
         x.append(expression(counts, model.genes, model.transform, layer=layer))
         h.append(np.asarray(table.obsm.get(f"{key}_views", np.asarray(table.obsm[key])[:, None])))
         block = spatial_blocks(xy)
         blocks.append(block + 1000 * number)
         group.append(np.full(len(block), number) if len(sections) > 2 else blocks[-1])
-    _check_training(np.concatenate(x), model.genes)
+    check_training(np.concatenate(x), model.genes)
     if len({v.shape[1] for v in h}) > 1:
         raise ValueError("some sections have dihedral views and others not; embed all with the same `views`.")
     record = {
@@ -150,7 +150,7 @@ def gather(
     return SpotData(np.concatenate(x), np.concatenate(h), np.concatenate(group)), np.concatenate(blocks), record
 
 
-def _check_training(x: np.ndarray, genes: list[str]) -> None:
+def check_training(x: np.ndarray, genes: list[str]) -> None:
     """Enough locations, and no gene without anything to learn."""
     if len(x) < MIN_LOCATIONS:
         raise ValueError(f"too few locations to fit: {len(x)} found, at least {MIN_LOCATIONS} are needed.")
@@ -158,7 +158,7 @@ def _check_training(x: np.ndarray, genes: list[str]) -> None:
     if constant:
         raise ValueError(
             f"{len(constant)} gene(s) are constant over the training locations: {', '.join(constant[:5])}. "
-            "Leave them out; stgen.pp.select_genes(data, n) never chooses such genes."
+            "Leave them out; stgen.pp.select_genes(data, n) chooses none of them."
         )
 
 
@@ -176,6 +176,12 @@ def hold_out(blocks: np.ndarray, share: float, rng: np.random.Generator) -> np.n
 def fit_arrays(model: Model, data: SpotData, held_out: np.ndarray, record: Mapping[str, Any], **options: Any) -> None:
     """Fit on the rows that are not held out, validate on the others, and keep the record with the model."""
     validation = data.subset(np.flatnonzero(held_out)) if held_out.any() else None
-    history = model.fit(data.subset(np.flatnonzero(~held_out)), validation, **options)
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}, model.training
+    try:
+        history = model.fit(data.subset(np.flatnonzero(~held_out)), validation, **options)
+    except BaseException:  # also an interrupt: what is not completely fitted stays as it was
+        model.load_state_dict(before[0])
+        model.train(before[1])
+        raise
     kept = {k: v for k, v in options.items() if isinstance(v, int | float | str | bool | None)}
     model.record = {**record, "options": kept, "history": history}

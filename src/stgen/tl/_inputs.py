@@ -11,17 +11,38 @@ from anndata import AnnData
 from stgen._io import get_counts
 from stgen.transforms import TransformName, transform_counts
 
-__all__ = ["embedding_key_of", "embedding_record", "expression", "spatial_blocks"]
+__all__ = [
+    "embedding_key_of",
+    "embedding_record",
+    "expression",
+    "predicted_in_x",
+    "recorded_embeddings",
+    "spatial_blocks",
+]
 
 MIN_LOCATIONS = 20
+RECIPE = ("model", "patch_um", "patch_px", "by_name", "default_patches", "patch_um_given", "patch_px_given")
 
 
 def expression(
     table: AnnData, genes: Sequence[str], transform: TransformName, *, layer: str | None = None
 ) -> np.ndarray:
     """Expression of the genes on a named scale, shape ``(n, G)``; totals are over all genes of the table."""
+    if layer is None and predicted_in_x(table) is not None:
+        raise ValueError(
+            f"the table holds a prediction in X ({predicted_in_x(table)!r}), not counts: it cannot be fitted on or scored "
+            "against. Name the table, or the layer, with the measured counts."
+        )
     totals = np.asarray(get_counts(table, layer=layer, dense=False).sum(1)).ravel()
     return transform_counts(get_counts(table, genes=genes, layer=layer), totals, transform)
+
+
+def predicted_in_x(table: AnnData) -> str | None:
+    """Key of the prediction that is the table's ``X``; ``None`` for a table of measurements."""
+    for key, entry in table.uns.get("stgen", {}).items():
+        if isinstance(entry, Mapping) and entry.get("values_in") == "X":
+            return key
+    return None
 
 
 def embedding_key_of(table: AnnData, embedding_key: str | None) -> str:
@@ -33,11 +54,7 @@ def embedding_key_of(table: AnnData, embedding_key: str | None) -> str:
                 f'stgen.pp.embed(data, image_key=..., key_added="{embedding_key}") computes one.'
             )
         return embedding_key
-    recorded = [
-        key
-        for key, entry in table.uns.get("stgen", {}).items()
-        if isinstance(entry, Mapping) and entry.get("function") == "pp.embed" and key in table.obsm
-    ]
+    recorded = recorded_embeddings(table)
     if len(recorded) == 1:
         return recorded[0]
     if not recorded:
@@ -48,16 +65,27 @@ def embedding_key_of(table: AnnData, embedding_key: str | None) -> str:
     raise KeyError(f'several embeddings: {", ".join(recorded)}. Choose one with embedding_key="...".')
 
 
+def recorded_embeddings(table: AnnData) -> list[str]:
+    """Keys of the embeddings that ``pp.embed`` left in ``obsm``."""
+    return [
+        key
+        for key, entry in table.uns.get("stgen", {}).items()
+        if isinstance(entry, Mapping) and entry.get("function") == "pp.embed" and key in table.obsm
+    ]
+
+
 def embedding_record(table: AnnData, key: str) -> dict[str, Any]:
     """What identifies an embedding, so that a model is never applied to another kind: its recipe, or its width."""
     entry = table.uns.get("stgen", {}).get(key, {})
-    recipe = {k: entry[k] for k in ("model", "patch_um", "patch_px", "by_name") if k in entry}
+    recipe = {k: entry[k] for k in RECIPE if k in entry}
     recipe = {k: v.item() if isinstance(v, np.generic) else v for k, v in recipe.items()}
     values = np.asarray(table.obsm[key])
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number) or not np.isfinite(values).all():
         raise ValueError(
             f'obsm["{key}"] must be a finite array (n, features), found shape {values.shape}, dtype {values.dtype}.'
         )
+    if "image_mpp" in entry:
+        recipe["image_mpp"] = float(entry["image_mpp"])
     return {"key": key, "n_features": int(values.shape[1]), **recipe}
 
 

@@ -14,11 +14,12 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stgen import models
-from stgen._io import get_section, provenance, shallow_copy
+from stgen._io import get_section, provenance
 from stgen.data import group_folds
 from stgen.models import Model
 from stgen.pp import select_genes
-from stgen.tl._fit import Source, fit_arrays, gather, hold_out
+from stgen.tl._fit import Source, check_training, fit_arrays, gather, hold_out
+from stgen.tl._inputs import expression
 from stgen.tl._target import Target
 from stgen.train import check_device
 from stgen.transforms import unit
@@ -26,6 +27,7 @@ from stgen.transforms import unit
 __all__ = ["predict_expression"]
 
 Statistic = Literal["mean", "median", "mode"]
+N_GENES = 200  # to cross-fit when none are named
 
 
 def predict_expression(
@@ -36,6 +38,7 @@ def predict_expression(
     table_key: str | None = None,
     shapes_key: str | None = None,
     embedding_key: str | None = None,
+    mpp: float | None = None,
     layer: str | None = None,
     genes: list[str] | None = None,
     n_samples: int = 20,
@@ -63,12 +66,17 @@ def predict_expression(
     model
         A fitted model, a folder that ``model.save`` wrote, or a Hugging Face Hub id. ``None``, or a model that is not
         fitted, **cross-fits on the section itself**: each of ``folds`` groups of spatial blocks is predicted by a model
-        that never saw it, which answers "which genes can morphology predict here?".
+        that was not fitted on it, which answers "which genes can morphology predict here?". The answer is for tissue
+        beside tissue that was measured: patches reach over the borders of blocks, and the default genes are chosen on
+        the whole section.
     image_key, table_key, shapes_key
         Elements of ``data``; needed only where there are several.
     embedding_key
-        Embedding in ``obsm``; by default the one the model was fitted on. If it is missing and there is an image, it is
-        computed as :func:`stgen.pp.embed` did for the training tissue.
+        Embedding in ``obsm``; by default the one the model was fitted on, or when cross-fitting the one that is there. If
+        there is none, it is computed from the image: as :func:`stgen.pp.embed` did for the training tissue, or
+        ``"texture"``.
+    mpp
+        µm per pixel, where an embedding is to be computed and the data do not say; see :func:`stgen.pp.embed`.
     layer
         Layer with the counts that cross-fitting trains on; by default ``X``.
     genes
@@ -137,44 +145,46 @@ def predict_expression(
         raise ValueError(f"`statistic` must be one of {', '.join(map(repr, STATISTICS))}, found {statistic!r}.")
     if n_samples < 1:
         raise ValueError(f"`n_samples` must be at least 1, found {n_samples}.")
+    if folds < 2:
+        raise ValueError(f"`folds` must be at least 2, found {folds}.")
     device = str(check_device(device))
     if isinstance(model, str | Path):
         model = models.load(model)
-    if copy:
-        data = data.copy() if isinstance(data, AnnData) else shallow_copy(data)
-
-    if model is not None and model.fitted and fit_options:
+    fitted = model is not None and model.fitted
+    if fitted and fit_options:
         raise ValueError("the model is fitted already, so `fit_options` have no use; construct a new one to fit anew.")
+    (model or models.Stem(["any"])).check_sampling(steps, solver)
+    target = Target.find(data, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
+    chosen = _chosen(model, genes) if fitted else _to_model(model, target, genes, layer)
+    as_layers = target.check_keys(chosen, overwrite=overwrite)
 
-    target = Target.find(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
-    if model is None or not model.fitted:
-        if target.user_table is None:
-            raise ValueError("there are no counts to fit on; pass model=<a fitted model, its folder or a Hub id>.")
-        embedding_key = target.embedding(None, embedding_key, image_key=image_key, device=device, progress=progress)
-        model = _unfitted(model, target, genes, embedding_key, layer)
-        chosen = model.genes
-    else:
-        chosen = _chosen(model, genes)
-    as_layers = target.check_keys(chosen, key_added, overwrite=overwrite)
+    embedding_key = target.embed(
+        model.record["embedding"] if fitted else None, embedding_key,
+        image_key=image_key, mpp=mpp, device=device, progress=progress,
+    )  # fmt: skip
     sampling = {
         "n_samples": n_samples, "steps": steps, "solver": solver, "seed": seed,
         "batch_size": batch_size, "device": device, "progress": progress,
     }  # fmt: skip
-    if model.fitted:
-        embedding_key = target.embedding(model, embedding_key, image_key=image_key, device=device, progress=progress)
-        h = np.asarray(target.table.obsm[embedding_key])
+    h = np.asarray(target.table.obsm[embedding_key])
+    if fitted:
         samples = draw(model, h, np.arange(len(h)), **sampling)[:, :, [model.genes.index(gene) for gene in chosen]]
         fitted_on, weights = model.record.get("sections", []), model.weights_sha256()
     else:
+        model = model or models.Stem(chosen, embedding_dim=h.shape[1])
         samples = _cross_fit(model, target, embedding_key, layer, folds, sampling, fit_options or {})
         fitted_on, weights = f"this section, cross-fitted in {folds} folds", None
     entry = provenance(
         "tl.predict_expression", model=type(model).__name__, weights_sha256=weights, fitted_on=fitted_on, genes=chosen,
         transform=model.transform, unit=unit(model.transform), statistic=statistic, n_samples=samples.shape[1],
-        steps=steps, solver=solver, seed=seed, embedding=embedding_key,
+        steps=steps, solver=solver, seed=seed, embedding=embedding_key, layer=layer,
     )  # fmt: skip
-    target.write(samples, STATISTICS[statistic](samples), chosen, entry, key_added=key_added, as_layers=as_layers,
-                 embedding_key=embedding_key, keep_samples=keep_samples, overwrite=overwrite)  # fmt: skip
+    if copy:
+        data = target.copy_data()
+    target.write(
+        samples, STATISTICS[statistic](samples), chosen, entry,
+        as_layers=as_layers, embedding_key=embedding_key, keep_samples=keep_samples,
+    )  # fmt: skip
     return data if copy else None
 
 
@@ -198,7 +208,7 @@ def draw(
 
     The noise of a location follows from the seed and its number in ``rows``, whatever the batch.
     """
-    model = model.to(device).eval()
+    home, model = model.device, model.to(device).eval()
     n_samples = n_samples if model.stochastic else 1
     samples = np.empty((len(h), n_samples, len(model.genes)), np.float32)
     name = f"predict with {type(model).__name__}"
@@ -209,6 +219,7 @@ def draw(
             drawn = model.sample(batch, n_samples, steps, generators, solver)
             samples[start : start + batch_size] = drawn.clamp(min=0).cpu().numpy()
             bar.update(len(generators))
+    model.to(home)
     return samples
 
 
@@ -237,15 +248,19 @@ STATISTICS = {
 # ---- cross-fitting -------------------------------------------------------------------------------------------------
 
 
-def _unfitted(model: Model | None, target: Target, genes: list[str] | None, key: str, layer: str | None) -> Model:
-    """The model to cross-fit: the given one, or a default Stem on the genes."""
+def _to_model(model: Model | None, target: Target, genes: list[str] | None, layer: str | None) -> list[str]:
+    """The genes to cross-fit, once it is known that there are counts to fit them on."""
+    table = target.user_table
+    if table is None:
+        raise ValueError("there are no counts to fit on; pass model=<a fitted model, its folder or a Hub id>.")
+    if model is not None and genes is not None and list(genes) != model.genes:
+        raise ValueError("`genes` and the model's genes differ; construct the model with the genes to predict.")
     if model is not None:
-        if genes is not None and list(genes) != model.genes:
-            raise ValueError("`genes` and the model's genes differ; construct the model with the genes to predict.")
-        return model
-    if genes is None:
-        genes = select_genes(target.user_table, min(200, target.user_table.n_vars), layer=layer, key_added=None)
-    return models.Stem(genes, embedding_dim=target.table.obsm[key].shape[1])
+        genes = model.genes
+    elif genes is None:
+        genes = select_genes(table, N_GENES, layer=layer, key_added=None, at_most=True)
+    check_training(expression(table, genes, "none" if model is None else model.transform, layer=layer), genes)
+    return list(genes)
 
 
 def _cross_fit(
@@ -258,8 +273,6 @@ def _cross_fit(
     fit_options: Mapping[str, Any],
 ) -> np.ndarray:
     """Samples for every location, each from a model that was fitted on other spatial blocks."""
-    if folds < 2:
-        raise ValueError(f"`folds` must be at least 2, found {folds}.")
     xy = get_section(target.work, table_key=target.table_key).xy_px
     source = Source(target.user_table, target.table, xy)
     data, blocks, info = gather(model, {"section": source}, embedding_key=key, layer=layer)

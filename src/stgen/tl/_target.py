@@ -11,10 +11,9 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from stgen._io import check_new_key, get_table, record, write_table
-from stgen.models import Model
+from stgen._io import check_new_key, get_table, record, shallow_copy, write_table
 from stgen.pp import embed, tile_grid
-from stgen.tl._inputs import embedding_key_of, embedding_record
+from stgen.tl._inputs import embedding_key_of, embedding_record, predicted_in_x, recorded_embeddings
 
 __all__ = ["Target"]
 
@@ -26,110 +25,133 @@ class Target:
     """Where a prediction is made and where it goes, with everything new kept apart until it is complete."""
 
     data: SpatialData | AnnData  # the user's object
+    key_added: str
+    user_table: AnnData | None  # the user's table of measurements, if the locations have one
+    table_key: str | None  # its key, or that of the new table
+    shapes_key: str | None  # of locations that have no such table; None if they are still to be laid
     work: SpatialData | AnnData  # shares images and shapes with the user's object; its table is our own
-    table: AnnData  # the table of `work`: rows, coordinates, embeddings
-    user_table: AnnData | None  # the user's table, if the locations have one
-    table_key: str | None
-    shapes_key: str | None  # of locations that have no table yet
-    new_shapes: bool  # whether the locations themselves are new
+    table: AnnData | None  # the table of `work`: rows, coordinates, embeddings; None until locations are laid
+    new_shapes: bool = False  # whether the locations themselves are new
     embedded: bool = False  # whether the embedding is new
 
     @classmethod
     def find(
-        cls,
-        data: SpatialData | AnnData,
-        *,
-        image_key: str | None,
-        table_key: str | None,
-        shapes_key: str | None,
-        key_added: str,
+        cls, data: SpatialData | AnnData, *, table_key: str | None, shapes_key: str | None, key_added: str
     ) -> Target:
-        """Find the locations; make a grid of tiles over the tissue where there are none."""
+        """Find the locations, without any work yet.
+
+        They are the rows of a table of measurements, or else shapes (also those of an earlier prediction), or else
+        tiles that :meth:`embed` will lay.
+        """
         if isinstance(data, AnnData):
             light = light_table(data)
-            return cls(data, light, light, data, None, None, False)
+            return cls(data, key_added, data, None, None, light, light)
         if not isinstance(data, SpatialData):
             raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+        if shapes_key is not None and shapes_key not in data.shapes:
+            raise KeyError(f"there are no shapes {shapes_key!r}; found {', '.join(data.shapes) or 'none'}.")
         work = SpatialData(images=dict(data.images), labels=dict(data.labels), shapes=dict(data.shapes))
-        linked = shapes_key is None or any(shapes_key in regions(table) for table in data.tables.values())
-        if data.tables and linked:
+        predicted = {key: table for key, table in data.tables.items() if predicted_in_x(table) is not None}
+        measured = {key: table for key, table in data.tables.items() if key not in predicted}
+        linked = shapes_key is None or any(shapes_key in regions(table) for table in measured.values())
+        if table_key in predicted:
+            shapes_key = shapes_key or regions(predicted[table_key])[0]
+        elif table_key is not None or (measured and linked):
+            if table_key is None and shapes_key is None and len(measured) == 1:
+                table_key = next(iter(measured))
             user_table = get_table(data, table_key=table_key, shapes_key=shapes_key)
             table_key = next(key for key, table in data.tables.items() if table is user_table)
             work.tables[table_key] = light_table(user_table)
-            return cls(data, work, work.tables[table_key], user_table, table_key, shapes_key, False)
-        new_shapes = shapes_key is None
-        if new_shapes:
-            shapes_key = f"{key_added}_tiles"
-            tile_grid(work, image_key=image_key, key_added=shapes_key, table_key_added=key_added)
-        elif shapes_key not in data.shapes:
-            raise KeyError(f"there are no shapes {shapes_key!r}; found {', '.join(data.shapes) or 'none'}.")
-        else:
-            write_table(
-                work, key_added, AnnData(obs=pd.DataFrame(index=data[shapes_key].index.astype(str))), region=shapes_key
-            )
-        return cls(data, work, work.tables[key_added], None, key_added, shapes_key, new_shapes)
+            return cls(data, key_added, user_table, table_key, None, work, work.tables[table_key])
+        elif predicted and shapes_key is None:
+            shapes_key = regions(next(iter(predicted.values())))[0]
+        target = cls(data, key_added, None, key_added, shapes_key, work, None, new_shapes=shapes_key is None)
+        if shapes_key is not None:
+            rows = AnnData(obs=pd.DataFrame(index=data[shapes_key].index.astype(str)))
+            write_table(work, key_added, rows, region=shapes_key)
+            target.table = work.tables[key_added]
+        return target
 
-    def check_keys(self, genes: list[str], key_added: str, *, overwrite: bool) -> bool:
+    def check_keys(self, genes: list[str], *, overwrite: bool) -> bool:
         """Refuse keys that exist; say whether the result goes to layers of the user's table (or to a new table)."""
-        table = self.user_table
+        table, key = self.user_table, self.key_added
         missing = [] if table is None else [gene for gene in genes if gene not in table.var_names]
         if missing and isinstance(self.data, AnnData):
             raise KeyError(
                 f"{len(missing)} of the {len(genes)} genes to predict are not in the table: {', '.join(missing[:5])}. "
                 "Pass genes=[...] with those that are, or a SpatialData, which gets a new table."
             )
-        if table is not None and not missing:
-            for container, what in ((table.layers, "layers"), (table.uns.get("stgen", {}), 'uns["stgen"]')):
-                check_new_key(container, key_added, overwrite=overwrite, what=what)
-            if key_added in table.obs or (key_added in table.var and key_added not in table.layers):
+        if table is None or missing:
+            check_new_key(self.data.tables, key, overwrite=overwrite, what="sdata.tables")
+            if key in self.data.tables and predicted_in_x(self.data.tables[key]) is None:
                 raise ValueError(
-                    f"var[{key_added!r}] or obs[{key_added!r}] is in use already; pass another key_added=."
+                    f"sdata.tables[{key!r}] is not a prediction and is not replaced; pass another key_added=."
                 )
-            return True
-        check_new_key(self.data.tables, key_added, overwrite=overwrite, what="sdata.tables")
-        if self.new_shapes:
-            check_new_key(self.data.shapes, self.shapes_key, overwrite=overwrite, what="sdata.shapes")
-        return False
+            if self.new_shapes:
+                check_new_key(self.data.shapes, f"{key}_tiles", overwrite=overwrite, what="sdata.shapes")
+            return False
+        ours = table.uns.get("stgen", {}).get(key, {}).get("function") == "tl.predict_expression"
+        for container, what, name in (
+            (table.layers, "layers", key),
+            (table.layers, "layers", f"{key}_std"),
+            (table.obsm, "obsm", f"{key}_samples"),
+            (table.uns.get("stgen", {}), 'uns["stgen"]', key),
+        ):
+            check_new_key(container, name, overwrite=overwrite, what=what)
+        if key in table.obs or (key in table.var and not ours):
+            raise ValueError(f"var[{key!r}] or obs[{key!r}] is in use already; pass another key_added=.")
+        return True
 
-    def embedding(
+    def embed(
         self,
-        model: Model | None,
+        trained: dict[str, Any] | None,
         embedding_key: str | None,
         *,
         image_key: str | None,
+        mpp: float | None,
         device: str,
         progress: bool,
     ) -> str:
-        """Key of an embedding of the model's kind in the target's table, computed there if need be."""
-        table = self.table
-        trained = model.record["embedding"] if model is not None and model.fitted else None
+        """Key of an embedding like the one that was trained on, computed if need be; tiles are laid if need be."""
+        if self.table is None:
+            self.shapes_key = f"{self.key_added}_tiles"
+            tile_grid(
+                self.work, image_key=image_key, mpp=mpp, key_added=self.shapes_key, table_key_added=self.key_added
+            )
+            self.table = self.work.tables[self.key_added]
         if trained is None:
-            if embedding_key is not None or image_key is None:
-                return embedding_key_of(table, embedding_key)
+            images = self.work.images if isinstance(self.work, SpatialData) else self.work.uns.get("spatial", {})
+            if embedding_key is not None or recorded_embeddings(self.table) or not images:
+                return embedding_key_of(self.table, embedding_key)
             trained = {"key": "X_texture", "model": "texture", "by_name": True}
         key = embedding_key or trained["key"]
-        if key not in table.obsm:
+        if key not in self.table.obsm:
             if embedding_key is not None or not trained.get("by_name", False):
-                embedding_key_of(table, key)  # raises, and says what to call
+                embedding_key_of(self.table, key)  # raises, and says what to call
             embed(
-                self.work,
-                image_key=image_key,
-                table_key=self.table_key,
-                key_added=key,
-                device=device,
-                progress=progress,
-                **recipe_of(trained),
-            )
+                self.work, image_key=image_key, table_key=self.table_key, key_added=key, mpp=mpp, device=device,
+                progress=progress, **recipe_of(trained),
+            )  # fmt: skip
             self.embedded = True
-        found = embedding_record(table, key)
-        differing = [k for k in trained if k != "key" and found.get(k) != trained[k]]
+        found = embedding_record(self.table, key)
+        differing = [k for k in trained if k not in ("key", "image_mpp") and found.get(k) != trained[k]]
         if differing:
             raise ValueError(
                 f'obsm["{key}"] is not the embedding that the model was fitted on: '
                 + "; ".join(f"{k} is {found.get(k)!r}, not {trained[k]!r}" for k in differing)
                 + ". Name another embedding_key=, or remove it to have the right one computed from the image."
             )
+        warn_of_resolution(found, trained)
         return key
+
+    def copy_data(self) -> SpatialData | AnnData:
+        """Turn to a copy of the user's object, which is then the one to be written to."""
+        if isinstance(self.data, AnnData):
+            self.data = self.user_table = self.data.copy()
+        else:
+            self.data = shallow_copy(self.data)
+            self.user_table = None if self.user_table is None else self.data.tables[self.table_key]
+        return self.data
 
     def write(
         self,
@@ -138,13 +160,12 @@ class Target:
         genes: list[str],
         entry: dict[str, Any],
         *,
-        key_added: str,
         as_layers: bool,
         embedding_key: str,
         keep_samples: bool,
-        overwrite: bool,
     ) -> None:
         """Put the finished result into the user's object."""
+        key_added = self.key_added
         values = {key_added: predicted.astype(np.float32)}
         if samples.shape[1] > 1:
             values[f"{key_added}_std"] = samples.std(1)  # of centered noise: the population form is unbiased
@@ -153,6 +174,7 @@ class Target:
             table = AnnData(values.pop(key_added), obs=self.table.obs.copy(), var=pd.DataFrame(index=genes))
             table.layers.update(values)
             table.uns["spatialdata_attrs"] = self.table.uns["spatialdata_attrs"]
+            entry = {**entry, "values_in": "X"}
         else:
             for container, name in ((table.layers, f"{key_added}_std"), (table.obsm, f"{key_added}_samples")):
                 container.pop(name, None)  # of an earlier result of the same name
@@ -177,11 +199,27 @@ class Target:
         if not as_layers:
             if self.new_shapes:
                 self.data.shapes[self.shapes_key] = self.work.shapes[self.shapes_key]
-            if overwrite and key_added in self.data.tables:
-                del self.data.tables[key_added]
+                for name, value in self.work.attrs.get("stgen", {}).items():
+                    record(self.data, name, value)
+            self.data.tables.pop(key_added, None)
             self.data.tables[key_added] = table
         hint = "adata.write_zarr(path)" if isinstance(self.data, AnnData) else "sdata.write(path)"
         logger.info("predicted %d genes at %d locations into %s; %s saves it.", len(genes), len(samples), where, hint)
+
+
+def warn_of_resolution(found: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Say so if the embedding was read from an image much coarser or finer than the training tissue's."""
+    if "image_mpp" not in found or "image_mpp" not in trained:
+        return
+    finest = min(float(side) for side in str(found["patch_um"]).split(",")) / float(
+        str(found["patch_px"]).split(",")[0]
+    )
+    here, there = max(found["image_mpp"], finest), max(trained["image_mpp"], finest)
+    if max(here, there) > 1.5 * min(here, there):
+        logger.warning(
+            "the embedding was read at %.3g µm per pixel and the model was fitted on one read at %.3g: morphology looks "
+            "different at another resolution. Use images of similar resolution.", here, there,
+        )  # fmt: skip
 
 
 def light_table(table: AnnData) -> AnnData:
@@ -197,8 +235,9 @@ def regions(table: AnnData) -> list[str]:
 
 def recipe_of(trained: dict[str, Any]) -> dict[str, Any]:
     """What :func:`stgen.pp.embed` must be told to embed as it did for the training tissue."""
-    recipe = {"model": trained["model"]}
-    if "+" not in trained["model"] and "patch_um" in trained:  # several encoders have their own default patches
-        recipe["patch_um"] = [float(side) for side in str(trained["patch_um"]).split(",")]
-        recipe["patch_px"] = int(trained["patch_px"])
+    recipe: dict[str, Any] = {"model": trained["model"]}
+    if "patch_um_given" in trained:
+        recipe["patch_um"] = [float(side) for side in str(trained["patch_um_given"]).split(",")]
+    if "patch_px_given" in trained:
+        recipe["patch_px"] = int(trained["patch_px_given"])
     return recipe
