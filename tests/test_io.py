@@ -339,13 +339,9 @@ def test_suffix_of_concatenated_objects():
     assert _io.image_of(both, "he-A").mpp == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("um", True), ("µm", True), ("Microns", True), ("micrometers", True), ("um-A", True), ("um-A-B", True)]
-    + [("umap", False), ("global", False), ("um2", False), ("album-um", False), ("um-", False)],
-)
-def test_names_of_micrometer_systems(name, expected):
-    assert is_micrometers(name) is expected
+def test_names_of_micrometer_systems():
+    assert all(map(is_micrometers, ["um", "µm", "Microns", "micrometers", "um-A", "um-A-B"]))
+    assert not any(map(is_micrometers, ["umap", "global", "um2", "album-um", "um-"]))
 
 
 # -- AnnData ----------------------------------------------------------------------------------------------------------

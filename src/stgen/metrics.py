@@ -286,6 +286,8 @@ def _pair(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pred, truth = np.asarray(pred, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if pred.shape != truth.shape or pred.ndim != 2:
         raise ValueError(f"prediction and truth must both be (locations, genes), found {pred.shape} and {truth.shape}.")
+    if not (np.isfinite(pred).all() and np.isfinite(truth).all()):
+        raise ValueError("prediction and truth must be finite; leave out genes that were not predicted.")
     return pred, truth
 
 

@@ -80,7 +80,7 @@ def fit(
     seed
         Random seed.
     device
-        ``"cpu"``, ``"cuda"`` or ``"mps"``; by default the best that there is. ``accelerate launch`` spreads a script over
+        ``"cpu"``, ``"cuda"`` or ``"mps"``; by default a GPU if there is one. ``accelerate launch`` spreads a script over
         several GPUs.
     precision
         Mixed precision; by default bfloat16 on CUDA devices that have it, else none.
@@ -322,7 +322,7 @@ def _seed(seed: int, step: int, process: int) -> int:
 
 
 def check_device(device: str | None) -> torch.device:
-    """The named device, or the best that there is.
+    """The named device; by default a GPU if there is one, else the CPU.
 
     Raises
     ------

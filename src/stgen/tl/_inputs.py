@@ -33,8 +33,11 @@ def expression(
             f"the table holds a prediction in X ({predicted_in_x(table)!r}), not counts: it cannot be fitted on or scored "
             "against. Name the table, or the layer, with the measured counts."
         )
-    totals = np.asarray(get_counts(table, layer=layer, dense=False).sum(1)).ravel()
-    return transform_counts(get_counts(table, genes=genes, layer=layer), totals, transform)
+    counts = get_counts(table, layer=layer, dense=False)
+    columns = table.var_names.get_indexer(genes)
+    if (columns < 0).any():
+        get_counts(table, genes=genes, layer=layer)  # raises, and lists what is unknown
+    return transform_counts(counts[:, columns].toarray(), np.asarray(counts.sum(1)).ravel(), transform)
 
 
 def predicted_in_x(table: AnnData) -> str | None:
