@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -22,9 +23,9 @@ class _Point(Model):
 
     stochastic: ClassVar[bool] = False
 
+    @abstractmethod
     def predict(self, h: Tensor) -> Tensor:
         """Expression on the scale ``transform``, shape ``(B, G)``, from embeddings ``(B, D)``."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def sample(
