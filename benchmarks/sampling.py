@@ -18,7 +18,7 @@ import torch
 from stgen import datasets, models, pp, tl
 
 RUNS = {"dpm++ 10": ("dpm++", 10), "dpm++ 25": ("dpm++", 25), "ddim 25": ("ddim", 25), "ddpm 1000": ("ddpm", 1000)}
-N_SAMPLES = 4
+N_SAMPLES = 10
 
 
 def main() -> None:

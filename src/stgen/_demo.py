@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib as mpl
@@ -32,6 +33,7 @@ def main() -> None:
     out = parser.parse_args().out
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
+    warnings.simplefilter("ignore")  # of the libraries below: the demo says what matters
     mpl.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -70,16 +72,12 @@ def _section(seed: int) -> SpatialData:
 
 
 def _draw(test: SpatialData, table: pd.DataFrame) -> Figure:
-    """Measured, predicted and spread for a few genes over the histology, with the scores below."""
-    figure = plt.figure(figsize=(13, 12.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[10.5, 2])
+    """Histology, measured, predicted and spread for a few genes, with the scores below."""
+    figure = plt.figure(figsize=(12, 11.5), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[9.5, 2])
     axes = upper.subplots(len(SHOWN), 4)
-    for row in axes:
-        row[0].imshow(test["he"].to_numpy().transpose(1, 2, 0))
-        row[0].set(xticks=[], yticks=[])
-    axes[0, 0].set_title("H&E (simulated)")
-    pl.maps(test, SHOWN, keys="Stem", panels=("measured", "predicted", "spread"), image_key="he",
-            table_key="spot_counts", axes=axes[:, 1:])  # fmt: skip
+    pl.maps(test, SHOWN, keys="Stem", panels=("histology", "measured", "predicted", "spread"), image_key="he",
+            table_key="spot_counts", axes=axes)  # fmt: skip
     ax = lower.subplots()
     ax.axis("off")
     text = [[f"{v:.2f}" if v == v else "" for v in row] for row in table.to_numpy()]
