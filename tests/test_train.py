@@ -485,3 +485,19 @@ def test_learns_a_conditional_distribution(mean, prediction):
         x = model.sample(batch, 4, 15, [torch.Generator().manual_seed(i) for i in range(200)])
         np.testing.assert_allclose(x.mean((0, 1)), truth[kind], atol=0.2)
         np.testing.assert_allclose(x.flatten(0, 1).std(0), 0.5, rtol=0.3)
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_a_gpu_is_made_current_only_where_it_is_numbered(monkeypatch, device, chosen):
+    """torch.cuda.set_device refuses a device without an index, which is what "cuda" and the default are."""
+    import accelerate
+
+    from stgen import train
+
+    made_current = []
+    monkeypatch.setattr(train, "check_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(accelerate, "Accelerator", dict)
+    assert train._accelerator(device, None) == {"cpu": False, "mixed_precision": "bf16"}
+    assert made_current == chosen

@@ -174,6 +174,8 @@ class Target:
             table = AnnData(values.pop(key_added), obs=self.table.obs.copy(), var=pd.DataFrame(index=genes))
             table.layers.update(values)
             table.uns["spatialdata_attrs"] = self.table.uns["spatialdata_attrs"]
+            if "spatial" in self.table.obsm:
+                table.obsm["spatial"] = self.table.obsm["spatial"]
             entry = {**entry, "values_in": "X"}
         else:
             for container, name in ((table.layers, f"{key_added}_std"), (table.obsm, f"{key_added}_samples")):
