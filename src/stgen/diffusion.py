@@ -236,15 +236,12 @@ class Diffusion:
         """The diffusers solver of that name, told that it is given clean values."""
         from diffusers import DPMSolverMultistepScheduler
 
-        orders = {"dpm++": 2, "ddim": 1}  # DDIM is DPM-Solver++ of first order (Lu et al., 2022)
-        if solver not in orders:
-            raise ValueError(f'`solver` must be "dpm++", "ddim" or "ddpm", found {solver!r}.')
         return DPMSolverMultistepScheduler(
             num_train_timesteps=self.timesteps,
             trained_betas=self.betas.float().numpy(),
             prediction_type="sample",
             algorithm_type="dpmsolver++",
-            solver_order=orders[solver],
+            solver_order=1 if solver == "ddim" else 2,  # DDIM is DPM-Solver++ of first order (Lu et al., 2022)
         )
 
 

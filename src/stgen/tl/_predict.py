@@ -212,14 +212,16 @@ def draw(
     n_samples = n_samples if model.stochastic else 1
     samples = np.empty((len(h), n_samples, len(model.genes)), np.float32)
     name = f"predict with {type(model).__name__}"
-    with tqdm(total=len(h), desc=name, unit="location", **({} if progress else {"disable": True})) as bar:
-        for start in range(0, len(h), batch_size):
-            batch = {"h": torch.as_tensor(np.asarray(h[start : start + batch_size], np.float32), device=device)}
-            generators = [_generator(seed, int(row)) for row in rows[start : start + batch_size]]
-            drawn = model.sample(batch, n_samples, steps, generators, solver)
-            samples[start : start + batch_size] = drawn.clamp(min=0).cpu().numpy()
-            bar.update(len(generators))
-    model.to(home)
+    try:
+        with tqdm(total=len(h), desc=name, unit="location", **({} if progress else {"disable": True})) as bar:
+            for start in range(0, len(h), batch_size):
+                batch = {"h": torch.as_tensor(np.asarray(h[start : start + batch_size], np.float32), device=device)}
+                generators = [_generator(seed, int(row)) for row in rows[start : start + batch_size]]
+                drawn = model.sample(batch, n_samples, steps, generators, solver)
+                samples[start : start + batch_size] = drawn.clamp(min=0).cpu().numpy()
+                bar.update(len(generators))
+    finally:
+        model.to(home)
     return samples
 
 
