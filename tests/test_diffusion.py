@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stgen.diffusion import Diffusion, centered_noise
+from stgen.diffusion import Diffusion, NoiseField, centered_noise
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 PREDICTIONS = ["epsilon", "x_0", "v"]
@@ -391,3 +391,52 @@ def test_centered_noise_of_an_item_does_not_depend_on_its_batch():
     assert together.shape == (3, 3, 4, 2)
     assert torch.equal(together[1:2], centered_noise(3, (4, 2), generators(6)))
     assert not torch.equal(together[0], together[1])
+
+
+def test_noise_field_is_one_field_whatever_window_reads_it():
+    noise = NoiseField(seed=3, n_samples=3, n_channels=2, block=8)
+    whole = noise.field(-20, -11, 50, 40)
+    assert whole.shape == (3, 2, 50, 40)
+    assert torch.isfinite(whole).all()
+    for y, x, height, width in [(-20, -11, 1, 1), (-9, 3, 13, 26), (0, 0, 8, 8), (-1, -1, 2, 2), (29, 28, 1, 1)]:
+        inside = whole[:, :, y + 20 : y + 20 + height, x + 11 : x + 11 + width]
+        assert torch.equal(noise.field(y, x, height, width), inside)
+    assert torch.equal(NoiseField(3, 3, 2, 8).field(-20, -11, 50, 40), whole)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2, 5])
+def test_noise_field_is_standard_normal_and_centered_over_the_samples(n_samples):
+    from scipy.stats import kstest
+
+    z = NoiseField(seed=0, n_samples=n_samples, n_channels=2).field(-40, -40, 90, 80)
+    for sample in (z[0], z[-1]):
+        assert kstest(sample.flatten().numpy(), "norm").pvalue > 1e-3
+    if n_samples > 1:
+        assert float(z.mean(0).abs().max()) < 1e-6
+
+
+def test_noise_field_has_no_seams_and_no_repeats():
+    """Neighboring bins are independent inside a block and across its border, and so are blocks, steps and seeds."""
+    from itertools import combinations
+
+    block = 16
+    noise = NoiseField(seed=0, n_samples=1, n_channels=50, block=block)
+    z = noise.field(-block, -block, 2 * block, 2 * block)[0]
+
+    def correlation(a, b):
+        return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+    assert abs(correlation(z[:, :, block - 1], z[:, :, block])) < 4 / (50 * 2 * block) ** 0.5
+    assert abs(correlation(z[:, 3], z[:, 4])) < 4 / (50 * 2 * block) ** 0.5
+    blocks = [b for half in z.split(block, 1) for b in half.split(block, 2)]
+    blocks += [noise.field(0, 0, block, block, step=1)[0], NoiseField(1, 1, 50, block).field(0, 0, block, block)[0]]
+    for a, b in combinations(blocks, 2):
+        assert abs(correlation(a, b)) < 4 / a.numel() ** 0.5
+
+
+def test_noise_field_of_some_samples_is_that_of_all():
+    noise = NoiseField(seed=1, n_samples=5, n_channels=2, block=8)
+    window = (-3, 2, 12, 10)
+    parts = [noise.field(*window, step=7, samples=slice(start, start + 2)) for start in (0, 2, 4)]
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat(parts), noise.field(*window, step=7))

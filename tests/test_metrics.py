@@ -191,6 +191,51 @@ def test_ssim(rng):
     assert found == pytest.approx((2 * a * b + c1) / (a**2 + b**2 + c1))
 
 
+def test_ssim_of_a_complete_map_is_that_of_skimage(rng):
+    from skimage.metrics import structural_similarity
+
+    truth, pred = rng.gamma(2, size=(2, 31, 24))
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = structural_similarity(truth, pred, data_range=3.0, **window)
+    assert metrics.ssim(pred, truth, 3.0) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ssim_leaves_out_unknown_bins(rng):
+    truth, pred = rng.gamma(2, size=(2, 40, 30))
+    outside = np.zeros(truth.shape, bool)
+    outside[:, 18:] = outside[3:7, 9] = True
+    values = []
+    for hidden in (np.nan, 1e6):  # whatever stands in bins that the other map does not know
+        holed = np.where(outside, np.nan, truth)
+        values.append(metrics.ssim(np.where(outside, hidden, pred), holed, 3.0))
+    assert values[0] == values[1]
+    assert np.isfinite(values[0])
+    assert metrics.ssim(np.where(outside, np.nan, truth), truth, 3.0) == pytest.approx(1)
+    constant = metrics.ssim(np.where(outside, np.nan, 0.3), np.full(truth.shape, 0.8), 2.0)
+    c1 = (0.01 * 2) ** 2
+    assert constant == pytest.approx((2 * 0.3 * 0.8 + c1) / (0.3**2 + 0.8**2 + c1))
+
+
+def test_ssim_without_a_bin_to_score():
+    assert np.isnan(metrics.ssim(np.ones((10, 30)), np.ones((10, 30)), 1.0))
+    assert np.isnan(metrics.ssim(np.full((20, 20), np.nan), np.ones((20, 20)), 1.0))
+    with pytest.raises(ValueError, match="data_range must be positive, found 0"):
+        metrics.ssim(np.ones((20, 20)), np.ones((20, 20)), 0)
+
+
+def test_morans_i_of_a_map_is_that_of_its_grid(rng):
+    values = np.cumsum(rng.normal(size=(9, 7)), 1)
+    row, column = (index.ravel() for index in np.indices(values.shape))
+    weights = (abs(row[:, None] - row) + abs(column[:, None] - column) == 1).astype(float)
+    assert metrics.morans_i_map(values) == pytest.approx(metrics.morans_i(values.reshape(-1, 1), weights)[0])
+    hole = rng.random(values.shape) < 0.2
+    kept = ~hole.ravel()
+    expected = metrics.morans_i(values.reshape(-1, 1)[kept], weights[np.ix_(kept, kept)])[0]
+    assert metrics.morans_i_map(np.where(hole, np.nan, values)) == pytest.approx(expected)
+    assert metrics.morans_i_map(np.full((4, 4), 0.1)) == 0
+    assert metrics.morans_i_map(np.full((4, 4), np.nan)) == 0
+
+
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 

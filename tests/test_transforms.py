@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scanpy as sc
+import torch
 
-from stgen.transforms import UNITS, transform_counts, unit
+from stgen.transforms import UNITS, inverse_transform, transform_counts, unit
 
 COUNTS = np.random.default_rng(0).poisson(2.0, (20, 7))
 TOTAL = COUNTS.sum(1) + 5
@@ -49,3 +50,27 @@ def test_units():
     assert unit("log1p_norm") == "log1p(counts per 10,000)"
     with pytest.raises(ValueError, match="unknown transform 'log10'; the transforms are 'log1p_norm'"):
         transform_counts(COUNTS, TOTAL, "log10")
+
+
+@pytest.mark.parametrize("name", ["log1p_raw", "log2p1_raw", "none"])
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_counts_come_back(name, kind):
+    x = kind(transform_counts(COUNTS, TOTAL, name))
+    counts = inverse_transform(x, name)
+    assert type(counts) is type(x)
+    assert counts.shape == x.shape
+    np.testing.assert_allclose(counts, COUNTS, rtol=1e-5, atol=1e-6)
+
+
+def test_inverse_of_maps_and_of_what_no_count_gives():
+    x = torch.linspace(-0.5, 3, 24).reshape(1, 2, 3, 4)
+    torch.testing.assert_close(inverse_transform(x, "log1p_raw"), x.exp() - 1)
+    torch.testing.assert_close(inverse_transform(x, "log2p1_raw"), 2**x - 1)
+    assert inverse_transform(x, "none") is x
+
+
+def test_what_cannot_be_undone():
+    with pytest.raises(ValueError, match="cannot be undone without library sizes; use transform='log1p_raw'"):
+        inverse_transform(np.zeros(3), "log1p_norm")
+    with pytest.raises(ValueError, match="unknown transform 'log10'"):
+        inverse_transform(np.zeros(3), "log10")

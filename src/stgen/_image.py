@@ -200,7 +200,10 @@ class Histology:
             for k, i in enumerate(rows):
                 piece = region[y0[i] : y0[i] + h, :, x0[i] : x0[i] + w].astype(np.float32)
                 rows_done = sparse.csr_array(down[i]) @ piece.reshape(h, -1)
-                out[k] = (rows_done.reshape(n_y, -1, w) @ across[i].T).transpose(1, 0, 2)
+                done = (
+                    sparse.csr_array(across[i]) @ rows_done.reshape(-1, w).T
+                )  # (n_x, n_y c): sparse, for large windows
+                out[k] = done.T.reshape(n_y, -1, n_x).transpose(1, 0, 2)
             yield out / self._full_scale
 
     def _region(self, index: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-__all__ = ["Batch", "SpotData", "StepSampler", "dihedral", "group_folds"]
+from stgen.measurement import Kernel, Measurement
+from stgen.transforms import TransformName, transform_counts
+
+__all__ = [
+    "Batch",
+    "MapData",
+    "MapSection",
+    "SpotData",
+    "StepSampler",
+    "dihedral",
+    "group_folds",
+    "low_resolution_input",
+]
 
 
 class Batch(TypedDict, total=False):
     """One batch. Which entries a model needs is its own affair; what they mean is not.
 
-    ``B`` items, ``G`` genes, ``D`` features, ``C`` image channels, ``H x W`` pixels.
+    ``B`` items, ``G`` genes, ``D`` features, ``C`` image channels, ``H x W`` bins with ``s x s`` image pixels in each.
     """
 
     index: Tensor  # (B,) row of each item in its dataset
-    x: Tensor  # (B, G) expression, on the model's transform (log counts, say); never standardized
-    h: Tensor  # (B, D) histology embedding, or (B, C, H, W) image
+    x: Tensor  # (B, G) or (B, G, H, W) expression, on the model's transform (log counts, say); never standardized
+    h: Tensor  # (B, D) histology embedding, or (B, C, s H, s W) image
     mean: Tensor  # (B, G) prediction of x by a mean model that never saw this item, on the scale of x
+    y: Tensor  # (B, G, H, W) low-resolution counts per bin, interpolated, on the model's transform
+    valid: Tensor  # (B, 1, H, W) 1 where y was measured nearby, else 0
+    tissue: Tensor  # (B, 1, H, W) 1 where x is known, else 0
 
 
 def dihedral(x: Tensor, view: int) -> Tensor:
@@ -80,6 +95,7 @@ class SpotData:
     group: np.ndarray | None = None
     mean: np.ndarray | None = None
     n_views: int = field(init=False)
+    noise_levels: ClassVar[int] = 8  # at which each validation item is scored: enough to compare two evaluations
 
     def __post_init__(self) -> None:
         self.x = torch.as_tensor(np.asarray(self.x, np.float32))
@@ -104,9 +120,160 @@ class SpotData:
             batch["mean"] = self.mean[i]
         return batch
 
+    def fingerprint(self) -> list[str]:
+        """What tells this dataset from another, for the checkpoint of a run."""
+        return [f"{value.double().norm():.5g}" for value in (self.x, self.h[:, 0])]
+
     def subset(self, rows: np.ndarray) -> SpotData:
         """The same data at some rows."""
         return SpotData(self.x[rows], self.h[rows], self.group[rows], None if self.mean is None else self.mean[rows])
+
+
+@dataclass
+class MapSection:
+    """A section's fine map, with what goes with it on the same grid; nothing is read before a tile is cut.
+
+    Parameters
+    ----------
+    counts
+        Counts per bin, shape ``(G, H, W)``: an array, or anything that can be sliced into one (dask, zarr). NaN where
+        nothing is known.
+    image
+        Function of a window ``(y0, x0, height, width)`` in bins that gives the histology there, shape
+        ``(C, s height, s width)``.
+    measurement
+        The low-resolution data.
+    tissue
+        Which bins are known, shape ``(H, W)``.
+    """
+
+    counts: Any
+    image: Callable[[int, int, int, int], np.ndarray]
+    measurement: Measurement
+    tissue: np.ndarray
+
+
+class MapData:
+    """Aligned tiles of map, low-resolution map and histology, cut from sections when they are asked for.
+
+    Parameters
+    ----------
+    sections
+        The sections.
+    tile
+        Side of a tile, in bins.
+    transform
+        Scale of ``x`` and ``y``, see :func:`stgen.transforms.transform_counts`.
+    kernel
+        How ``y`` is interpolated, see :meth:`stgen.measurement.Measurement.interpolate`.
+    stride
+        Bins between the corners of neighboring tiles; ``tile // 16`` by default, so that the same tissue is seen at
+        many offsets.
+    min_tissue
+        Share of a tile that must be known.
+
+    Attributes
+    ----------
+    corners
+        Section, row and column of each tile's corner, shape ``(n, 3)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.data import MapData, MapSection
+    >>> from stgen.measurement import Measurement
+    >>> counts = np.ones((2, 32, 48))
+    >>> low = Measurement.from_map(np.full((2, 4, 6), 64.0), factor=8)
+    >>> section = MapSection(counts, lambda y, x, h, w: np.zeros((3, 2 * h, 2 * w)), low, np.ones((32, 48), bool))
+    >>> tiles = MapData([section], tile=32, stride=8)
+    >>> len(tiles), tiles[0, 5]["x"].shape, tiles[0]["h"].shape
+    (3, torch.Size([2, 32, 32]), torch.Size([3, 64, 64]))
+    """
+
+    n_views = 8
+    noise_levels: ClassVar[int] = 1  # at which each validation tile is scored; its many bins make up for the one level
+
+    def __init__(
+        self,
+        sections: Sequence[MapSection],
+        *,
+        tile: int,
+        transform: TransformName = "log1p_raw",
+        kernel: Kernel = "gaussian",
+        stride: int | None = None,
+        min_tissue: float = 0.5,
+    ) -> None:
+        self.sections, self.tile, self.transform, self.kernel = list(sections), tile, transform, kernel
+        stride = stride or max(1, tile // 16)
+        corners = [np.empty((0, 3), int)]
+        for number, section in enumerate(self.sections):
+            height, width = section.tissue.shape
+            y, x = (np.unique(np.r_[0 : max(n - tile, 0) + 1 : stride, max(n - tile, 0)]) for n in (height, width))
+            cumulative = np.pad(section.tissue.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+            y1, x1 = np.minimum(y + tile, height), np.minimum(x + tile, width)
+            known = (
+                cumulative[np.ix_(y1, x1)]
+                - cumulative[np.ix_(y, x1)]
+                - cumulative[np.ix_(y1, x)]
+                + cumulative[np.ix_(y, x)]
+            )
+            i, j = np.nonzero(known >= max(min_tissue * tile**2, 1))
+            corners.append(np.column_stack([np.full(len(i), number), y[i], x[j]]))
+        self.corners = np.concatenate(corners)
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Batch:
+        i, view = item if isinstance(item, tuple) else (item, 0)
+        number, y, x = self.corners[i]
+        section, tile = self.sections[number], self.tile
+        counts = np.asarray(section.counts[:, y : y + tile, x : x + tile], np.float32)
+        known = section.tissue[y : y + tile, x : x + tile] & np.isfinite(counts).all(0)
+        beyond = ((0, 0), *((0, tile - n) for n in known.shape))  # of a section smaller than a tile
+        counts = np.pad(np.where(known, counts, 0), beyond)
+        parts: Batch = {
+            "x": torch.as_tensor(transform_counts(counts, np.ones(1), self.transform)),
+            "tissue": torch.as_tensor(np.pad(known[None].astype(np.float32), beyond)),
+            "h": torch.as_tensor(np.asarray(section.image(y, x, tile, tile), np.float32)),
+            **low_resolution_input(section.measurement, y, x, tile, tile, self.transform, self.kernel),
+        }
+        moved = {name: dihedral(value, view).contiguous() for name, value in parts.items()}
+        return {"index": torch.as_tensor(i), **moved}
+
+    def some(self, n: int) -> Iterator[Batch]:
+        """At most ``n`` tiles, evenly spread over all, each as a batch of one."""
+        for i in np.unique(np.linspace(0, len(self) - 1, n).round().astype(int)) if len(self) else ():
+            yield {name: value[None] for name, value in self[int(i)].items()}
+
+    def fingerprint(self) -> list[str]:
+        """What tells this dataset from another, for the checkpoint of a run."""
+        ends = [self[i] for i in (0, len(self) - 1)] if len(self) else []
+        return [f"{value.double().norm():.5g}" for item in ends for value in item.values()]
+
+
+def low_resolution_input(
+    measurement: Measurement,
+    y0: int,
+    x0: int,
+    height: int,
+    width: int,
+    transform: TransformName,
+    kernel: Kernel = "gaussian",
+) -> dict[str, Tensor]:
+    """The entries ``y`` (G, height, width) and ``valid`` (1, height, width) of a batch, for one window.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.data import low_resolution_input
+    >>> from stgen.measurement import Measurement
+    >>> low = Measurement.from_map(np.full((1, 2, 2), 12.0), factor=2)
+    >>> low_resolution_input(low, 0, 0, 4, 4, "none")["y"].mean()
+    tensor(3.)
+    """
+    y, valid = measurement.interpolate(y0, x0, height, width, kernel)
+    return {"y": torch.as_tensor(transform_counts(y, np.ones(1), transform)), "valid": torch.as_tensor(valid)}
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):

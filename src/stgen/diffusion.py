@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Diffusion", "centered_noise"]
+__all__ = ["Diffusion", "NoiseField", "centered_noise", "weighted_mean"]
 
 Prediction = Literal["epsilon", "x_0", "v"]
 Solver = Literal["dpm++", "ddim", "ddpm"]
@@ -109,7 +110,9 @@ class Diffusion:
 
     # ---- training ----------------------------------------------------------------------------------------------
 
-    def loss(self, denoise: Callable[[Tensor, Tensor], Tensor], x_0: Tensor) -> dict[str, Tensor]:
+    def loss(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Training loss at uniformly drawn noise levels.
 
         Parameters
@@ -118,6 +121,8 @@ class Diffusion:
             The network, ``(x_t, t) -> output``, with the condition bound.
         x_0
             Clean values, shape ``(B, ...)``.
+        weight
+            How much each value counts, of a shape that broadcasts to ``x_0``'s; all the same by default.
 
         Returns
         -------
@@ -128,13 +133,15 @@ class Diffusion:
         eps = torch.randn_like(x_0)
         x_t = self.add_noise(x_0, eps, t)
         prediction, fraction = self.split(denoise(x_t, t))
-        mse = (prediction - self.target(x_0, eps, t)).square().mean()
+        mse = weighted_mean((prediction - self.target(x_0, eps, t)).square(), weight)
         if fraction is None:
             return {"loss": mse, "mse": mse.detach()}
-        vlb = self.variational_term(prediction.detach(), fraction, x_0, x_t, t)
+        vlb = self.variational_term(prediction.detach(), fraction, x_0, x_t, t, weight)
         return {"loss": mse + vlb, "mse": mse.detach(), "vlb": vlb.detach()}
 
-    def variational_term(self, prediction: Tensor, fraction: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def variational_term(
+        self, prediction: Tensor, fraction: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         """KL divergence of the model's reverse step from the true one, mean in bits. Nichol & Dhariwal (2021), Eq. 4.
 
         At ``t = 0`` the true step has no variance and continuous data have no likelihood to put in its place: the
@@ -144,7 +151,7 @@ class Diffusion:
         mean, log_var = self.posterior(self.to_x_0(prediction, x_t, t), x_t, t, t - 1, fraction)
         kl = log_var - true_log_var - 1 + (true_log_var - log_var).exp() + (true_mean - mean).square() / log_var.exp()
         kl = torch.where((t > 0).reshape(-1, *[1] * (x_0.ndim - 1)), kl / 2, 0)
-        return kl.mean() / math.log(2)
+        return weighted_mean(kl, weight) / math.log(2)
 
     # ---- sampling ----------------------------------------------------------------------------------------------
 
@@ -245,6 +252,22 @@ class Diffusion:
         )
 
 
+def weighted_mean(value: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of ``value``, weighted if need be; a weight broadcasts.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stgen.diffusion import weighted_mean
+    >>> weighted_mean(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0]))
+    tensor(2.)
+    """
+    if weight is None:
+        return value.mean()
+    weight = weight.expand_as(value)
+    return (value * weight).sum() / weight.sum().clamp(min=1)
+
+
 def centered_noise(n_samples: int, shape: Sequence[int], generator: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise for several samples of each item, whose mean over the samples is exactly zero.
 
@@ -280,3 +303,73 @@ def centered_noise(n_samples: int, shape: Sequence[int], generator: Sequence[tor
     if n_samples == 1:
         return z
     return (z - z.mean(1, keepdim=True)) * math.sqrt(n_samples / (n_samples - 1))
+
+
+@dataclass(frozen=True)
+class NoiseField:
+    """Standard normal noise over the whole plane, for maps that are sampled window by window.
+
+    The plane is made of square blocks, each drawn from a generator of its own that is seeded with its place. Whatever
+    window reads a bin, at whatever time, finds the same noise there; nothing is kept. As in :func:`centered_noise`, the
+    mean over the samples is exactly zero.
+
+    Parameters
+    ----------
+    seed
+        Random seed, not negative.
+    n_samples
+        Number of samples.
+    n_channels
+        Number of channels (genes).
+    block
+        Side of a block, in bins.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from stgen.diffusion import NoiseField
+    >>> noise = NoiseField(seed=0, n_samples=4, n_channels=2)
+    >>> window = noise.field(-10, 0, 50, 40)
+    >>> window.shape, torch.equal(window[:, :, 5:, 30:], noise.field(-5, 30, 45, 10))
+    (torch.Size([4, 2, 50, 40]), True)
+    """
+
+    seed: int
+    n_samples: int
+    n_channels: int
+    block: int = 32
+
+    def field(self, y0: int, x0: int, height: int, width: int, step: int = 0, samples: slice = slice(None)) -> Tensor:
+        """The noise in a window.
+
+        Parameters
+        ----------
+        y0, x0, height, width
+            The window, in bins; it may begin at negative rows and columns.
+        step
+            Which of many independent fields, for samplers that draw noise at every step.
+        samples
+            Which samples; all by default.
+
+        Returns
+        -------
+        Noise on the CPU, shape ``(selected samples, n_channels, height, width)``.
+        """
+        n_selected = len(range(self.n_samples)[samples])
+        out = torch.empty(n_selected, self.n_channels, height, width)
+        for row in range(y0 // self.block, -(-(y0 + height) // self.block)):
+            top = row * self.block
+            for column in range(x0 // self.block, -(-(x0 + width) // self.block)):
+                left = column * self.block
+                y, x = max(top, y0), max(left, x0)
+                y1, x1 = min(top + self.block, y0 + height), min(left + self.block, x0 + width)
+                block = self._block(row, column, step)[samples]
+                out[:, :, y - y0 : y1 - y0, x - x0 : x1 - x0] = block[:, :, y - top : y1 - top, x - left : x1 - left]
+        return out
+
+    def _block(self, row: int, column: int, step: int) -> Tensor:
+        """All samples of one block, shape ``(n_samples, n_channels, block, block)``."""
+        place = [2 * i if i >= 0 else -2 * i - 1 for i in (row, column)]  # seeds cannot be negative
+        seed = np.random.SeedSequence([self.seed, step, *place]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        return centered_noise(self.n_samples, (self.n_channels, self.block, self.block), [generator])[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.ndimage import gaussian_filter
 
 __all__ = [
     "coverage",
@@ -18,6 +19,7 @@ __all__ = [
     "gsc",
     "mae",
     "morans_i",
+    "morans_i_map",
     "mse",
     "noise_ceiling",
     "pcc",
@@ -180,6 +182,37 @@ def morans_i(x: np.ndarray, weights: sp.spmatrix | np.ndarray) -> np.ndarray:
     return np.divide(len(x) / weights.sum() * cross, power, out=np.zeros(x.shape[1]), where=power > 1e-12 * len(x))
 
 
+def morans_i_map(values: np.ndarray) -> float:
+    """Moran's I of one map, where the neighbors of a bin are the four that share a side with it.
+
+    Parameters
+    ----------
+    values
+        Shape ``(H, W)``; NaN bins, and pairs with them, are left out.
+
+    Returns
+    -------
+    What :func:`morans_i` gives with these neighbors; 0 for a constant map.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.metrics import morans_i_map
+    >>> morans_i_map(np.indices((4, 4)).sum(0) % 2)  # a checkerboard
+    -1.0
+    """
+    values = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(values)
+    n = known.sum()
+    x = np.where(known, values - values[known].mean(), 0) if n else values
+    pairs = (known[1:] & known[:-1]).sum() + (known[:, 1:] & known[:, :-1]).sum()
+    power = np.square(x).sum()
+    if pairs == 0 or power <= 1e-12 * n:
+        return 0.0
+    cross = (x[1:] * x[:-1]).sum() + (x[:, 1:] * x[:, :-1]).sum()
+    return float(n / pairs * cross / power)
+
+
 def ssc(pred: np.ndarray, truth: np.ndarray, weights: sp.spmatrix | np.ndarray) -> float:
     """Spatial structure correlation: Pearson correlation, over genes, of Moran's I of prediction and of truth.
 
@@ -263,22 +296,43 @@ def noise_ceiling(half_a: np.ndarray, half_b: np.ndarray) -> np.ndarray:
 
 
 def ssim(pred: np.ndarray, truth: np.ndarray, data_range: float) -> float:
-    """Structural similarity of one map with the truth (Gaussian window of sigma 1.5).
+    """Structural similarity of one map with the truth (Gaussian window of sigma 1.5, 11 bins wide).
 
     Parameters
     ----------
     pred, truth
-        Shape ``(H, W)``, same scale.
+        Shape ``(H, W)``, same scale. Bins that are NaN in either are unknown: they are not scored and have no weight in
+        the windows of their neighbors.
     data_range
         Range of the values, **fixed on training tissue**: scaling each map by its own range rewards empty maps.
-    """
-    from skimage.metrics import structural_similarity
 
-    return float(
-        structural_similarity(
-            truth, pred, data_range=data_range, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-    )
+    Returns
+    -------
+    Mean over the known bins whose window lies on the map, at most 1; NaN if there is none. Without NaN that is the
+    value of :func:`skimage.metrics.structural_similarity` with ``gaussian_weights=True, use_sample_covariance=False``.
+    """
+    pred, truth = np.asarray(pred, dtype=np.float64), np.asarray(truth, dtype=np.float64)
+    if pred.shape != truth.shape or pred.ndim != 2:
+        raise ValueError(f"prediction and truth must both be (height, width), found {pred.shape} and {truth.shape}.")
+    if not data_range > 0:
+        raise ValueError(f"data_range must be positive, found {data_range!r}.")
+    known = np.isfinite(pred) & np.isfinite(truth)
+    scored = known.copy()
+    scored[:5] = scored[-5:] = scored[:, :5] = scored[:, -5:] = False
+    if not scored.any():
+        return float("nan")
+
+    def local_mean(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, 1.5, truncate=3.5)[scored] / weight
+
+    weight = gaussian_filter(known.astype(np.float64), 1.5, truncate=3.5)[scored]
+    p, t = np.where(known, pred, 0), np.where(known, truth, 0)
+    mean_p, mean_t = local_mean(p), local_mean(t)
+    var_p, var_t = local_mean(p * p) - mean_p**2, local_mean(t * t) - mean_t**2
+    covariance = local_mean(p * t) - mean_p * mean_t
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    similarity = (2 * mean_p * mean_t + c1) * (2 * covariance + c2)
+    return float((similarity / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))).mean())
 
 
 def _pair(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

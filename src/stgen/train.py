@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from stgen.data import SpotData, StepSampler
+from stgen.data import MapData, SpotData, StepSampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,13 +31,11 @@ __all__ = ["check_device", "fit"]
 
 logger = logging.getLogger("stgen")
 
-VALIDATION_REPEATS = 8  # noise levels at which each validation item is scored: enough to compare two evaluations
-
 
 def fit(
     model: DiffusionModel,
-    train: SpotData,
-    validation: SpotData | None = None,
+    train: SpotData | MapData,
+    validation: SpotData | MapData | None = None,
     *,
     steps: int,
     batch_size: int = 64,
@@ -115,7 +113,7 @@ def fit(
         "model": type(model).__name__, "config": model.config, "rows": len(train), "batch_size": batch_size, "lr": lr,
         "weight_decay": weight_decay, "ema_decay": ema_decay, "max_grad_norm": max_grad_norm, "seed": seed,
         "evaluate_every": evaluate_every, "patience": patience, "validation_rows": len(validation or ()),
-        "data": [f"{value.double().norm():.5g}" for value in (train.x, train.h[:, 0])],
+        "data": train.fingerprint(),
     }  # fmt: skip
     state = _State(model, accelerator, lr=lr, weight_decay=weight_decay, ema_decay=ema_decay, signature=signature)
     if checkpoint is not None:
@@ -135,6 +133,7 @@ def fit(
         with torch.random.fork_rng(), bar:
             for batch in loader if not state.stopped else ():
                 torch.manual_seed(_seed(seed, state.step, accelerator.process_index))
+                model.progress = state.step / steps
                 state.update(batch, max_grad_norm)
                 bar.update()
                 if state.step % evaluate_every == 0 or state.step == steps:
@@ -184,7 +183,7 @@ class _State:
         self.step += 1
         self.recent.append({name: float(value.detach()) for name, value in losses.items()})
 
-    def evaluate(self, validation: SpotData | None, batch_size: int, seed: int, patience: int | None) -> None:
+    def evaluate(self, validation: SpotData | MapData | None, batch_size: int, seed: int, patience: int | None) -> None:
         """Note the mean losses since the last evaluation, and the validation loss of the averaged weights."""
         self.history["step"].append(self.step)
         for name in self.recent[0]:
@@ -208,6 +207,7 @@ class _State:
         self.ema.store(self.parameters)
         self.ema.copy_to(self.parameters)
         self.model.eval()
+        self.model.progress = 1.0
         try:
             yield
         finally:
@@ -215,14 +215,14 @@ class _State:
             self.model.train()
 
     @torch.no_grad()
-    def validation_loss(self, validation: SpotData, batch_size: int, seed: int) -> float:
+    def validation_loss(self, validation: SpotData | MapData, batch_size: int, seed: int) -> float:
         """Loss on the validation data at noise that is the same in every evaluation."""
         total = 0.0
         with torch.random.fork_rng():
             torch.manual_seed(_seed(seed, 0, 2**20))
             for start in range(0, len(validation), batch_size):
                 items = [validation[i] for i in range(start, min(start + batch_size, len(validation)))]
-                batch = default_collate(items * VALIDATION_REPEATS)
+                batch = default_collate(items * validation.noise_levels)
                 batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
                 total += float(self.model.loss(batch)["loss"]) * len(items)
         return total / len(validation)
@@ -236,6 +236,7 @@ class _State:
         """Leave a plain module in evaluation mode, however the run ends: no dropout, no mixed precision around it."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.model.__dict__.pop("forward", None)
+        self.model.progress = 1.0
         self.model.eval()
 
     # ---- checkpoints: safetensors and JSON, replaced as a whole -------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["TransformName", "transform_counts", "unit"]
+__all__ = ["TransformName", "inverse_transform", "transform_counts", "unit"]
 
 TransformName = Literal["log1p_norm", "log1p_raw", "log2p1_raw", "none"]
 
@@ -68,3 +68,31 @@ def transform_counts(counts: np.ndarray, total: np.ndarray, name: TransformName)
     if name == "log2p1_raw":
         return np.log2(counts + 1)
     return counts
+
+
+def inverse_transform(x: np.ndarray, name: TransformName) -> np.ndarray:
+    """Bring a named scale back to counts; the inverse of :func:`transform_counts`.
+
+    Parameters
+    ----------
+    x
+        Expression on the scale, an array or a tensor of any shape.
+    name
+        As in :func:`transform_counts`, but not ``"log1p_norm"``, whose library sizes are not in ``x``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.transforms import inverse_transform
+    >>> inverse_transform(np.array([0.0, 2.0]), "log2p1_raw")
+    array([0., 3.])
+    """
+    unit(name)
+    if name == "log1p_norm":
+        raise ValueError(
+            "log1p_norm cannot be undone without library sizes; use transform='log1p_raw' where counts are needed."
+        )
+    if name == "none":
+        return x
+    expm1 = x.expm1 if hasattr(x, "expm1") else lambda: np.expm1(x)
+    return expm1() if name == "log1p_raw" else 2.0**x - 1

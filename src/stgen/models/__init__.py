@@ -7,9 +7,25 @@ from pathlib import Path
 
 from stgen.models._base import DiffusionModel, Model, read_config
 from stgen.models._baselines import LinearProbe, Retrieval, TrainingMean
+from stgen.models._diffst import DiffST
+from stgen.models._map_baselines import Interpolate, PixelProbe, RegressionUNet
+from stgen.models._maps import MapModel
 from stgen.models._stem import Stem
 
-__all__ = ["DiffusionModel", "LinearProbe", "Model", "Retrieval", "Stem", "TrainingMean", "load"]
+__all__ = [
+    "DiffST",
+    "DiffusionModel",
+    "Interpolate",
+    "LinearProbe",
+    "MapModel",
+    "Model",
+    "PixelProbe",
+    "RegressionUNet",
+    "Retrieval",
+    "Stem",
+    "TrainingMean",
+    "load",
+]
 
 
 def load(path: str | Path) -> Model:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stgen.data import Batch, SpotData
+from stgen.data import Batch, MapData, SpotData
 from stgen.diffusion import Diffusion, Generators, Solver, centered_noise
 from stgen.transforms import TransformName, unit
 
-__all__ = ["DiffusionModel", "Model"]
+__all__ = ["DiffusionModel", "Model", "SteppedModel"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -40,9 +41,15 @@ class Model(nn.Module, ABC):
         What it was fitted on: the embedding, the training run. Empty until fitted.
     stochastic
         Whether samples differ. A deterministic model gives one sample and no spread.
+    takes
+        What the model is fitted on: the histology embeddings of ``"locations"``, or ``"maps"`` with their histology.
+    progress
+        Share of the training that is done, from 0 to 1, for what changes while it proceeds; 1 when it does not.
     """
 
     stochastic: ClassVar[bool] = True
+    takes: ClassVar[Literal["locations", "maps"]] = "locations"
+    progress: float = 1.0
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -77,7 +84,9 @@ class Model(nn.Module, ABC):
         return next((p.device for p in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     @abstractmethod
-    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
+    def fit(
+        self, train: SpotData | MapData, validation: SpotData | MapData | None = None, **options: Any
+    ) -> dict[str, list[float]]:
         """Fit to training data; return the history of the losses."""
 
     @abstractmethod
@@ -88,8 +97,10 @@ class Model(nn.Module, ABC):
         steps: int | None = None,
         generator: Sequence[torch.Generator] | None = None,
         solver: Solver = "dpm++",
+        noise: Callable[[], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Draw samples given a batch's histology, shape ``(B, n_samples, G)``, on the scale ``transform``."""
+        """Draw samples given a batch's conditions, shape ``(B, n_samples, G, ...)``, on the scale ``transform``."""
 
     def check_sampling(self, steps: int, solver: Solver) -> None:
         """Refuse a sampler that :meth:`sample` could not use; a model that does not use one takes any."""
@@ -168,7 +179,39 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return content
 
 
-class DiffusionModel(Model):
+class SteppedModel(Model):
+    """A model that is trained in steps, by :func:`stgen.train.fit`."""
+
+    @abstractmethod
+    def initialize(self) -> None:
+        """Draw initial weights from torch's global generator."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Training losses of a batch: the total under ``"loss"``, every term by its name."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """:meth:`loss`, under the name that wrappers for several GPUs call."""
+        return self.loss(batch)
+
+    def fit(
+        self, train: SpotData | MapData, validation: SpotData | MapData | None = None, **options: Any
+    ) -> dict[str, list[float]]:
+        """Train with :func:`stgen.train.fit`, which takes the options.
+
+        A model that is not fitted begins with weights drawn from the option ``seed``, so that the same call gives the
+        same model; a fitted one goes on from its weights.
+        """
+        from stgen.train import fit
+
+        if not self.fitted:
+            with torch.random.fork_rng():
+                torch.manual_seed(options.get("seed", 0))
+                self.initialize()
+        return fit(self, train, validation, **options)
+
+
+class DiffusionModel(SteppedModel):
     """A model trained and sampled by diffusion.
 
     A family says how a batch becomes a condition (:meth:`condition`), what the network is (:meth:`denoise`) and on what
@@ -181,10 +224,6 @@ class DiffusionModel(Model):
     """
 
     diffusion: Diffusion
-
-    @abstractmethod
-    def initialize(self) -> None:
-        """Draw initial weights from torch's global generator."""
 
     @abstractmethod
     def condition(self, batch: Batch) -> dict[str, Tensor]:
@@ -205,25 +244,8 @@ class DiffusionModel(Model):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Training losses of a batch: the total under ``"loss"``, every term by its name."""
         cond = self.condition(batch)
-        return self.diffusion.loss(lambda x_t, t: self.denoise(x_t, t, cond), self.to_network(batch["x"], cond))
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """:meth:`loss`, under the name that wrappers for several GPUs call."""
-        return self.loss(batch)
-
-    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
-        """Train with :func:`stgen.train.fit`, which takes the options.
-
-        A model that is not fitted begins with weights drawn from the option ``seed``, so that the same call gives the
-        same model; a fitted one goes on from its weights.
-        """
-        from stgen.train import fit
-
-        if not self.fitted:
-            with torch.random.fork_rng():
-                torch.manual_seed(options.get("seed", 0))
-                self.initialize()
-        return fit(self, train, validation, **options)
+        x_0 = self.to_network(batch["x"], cond)
+        return self.diffusion.loss(lambda x_t, t: self.denoise(x_t, t, cond), x_0, batch.get("tissue"))
 
     def check_sampling(self, steps: int, solver: Solver) -> None:
         """Refuse a sampler that :meth:`sample` could not use."""
@@ -237,6 +259,8 @@ class DiffusionModel(Model):
         steps: int | None = 25,
         generator: Generators = None,
         solver: Solver = "dpm++",
+        noise: Callable[[], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Draw samples given a batch's conditions.
 
@@ -252,6 +276,12 @@ class DiffusionModel(Model):
             One random generator for each item, which makes an item's samples independent of its batch; or one for all.
         solver
             See :meth:`stgen.diffusion.Diffusion.sample`.
+        noise
+            Draws standard normal noise ``(B, n_samples, *sample_shape)``, once or (``"ddpm"``) at every step; takes the
+            place of ``generator``.
+        project
+            Applied to the estimated clean samples ``(B n_samples, *sample_shape)``, on the scale ``transform``, at every
+            step.
 
         Returns
         -------
@@ -259,21 +289,26 @@ class DiffusionModel(Model):
         """
         cond = self.condition(batch)
         size = len(next(iter(cond.values())))
-        if generator is None or isinstance(generator, torch.Generator):
-            seeds = torch.randint(2**62, (size,), generator=generator)
-            generator = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        shape = self.sample_shape(batch)
+        if noise is None:
+            if generator is None or isinstance(generator, torch.Generator):
+                seeds = torch.randint(2**62, (size,), generator=generator)
+                generator = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+            noise = partial(centered_noise, n_samples, self.sample_shape(batch), generator)
 
-        def noise() -> Tensor:
-            return centered_noise(n_samples, shape, generator).to(self.device).flatten(0, 1)
+        def flat_noise() -> Tensor:
+            return noise().to(self.device).flatten(0, 1)
+
+        def project_network(x_0: Tensor) -> Tensor:
+            return self.to_network(project(self.from_network(x_0, repeated)), repeated)
 
         repeated = {name: value.repeat_interleave(n_samples, 0) for name, value in cond.items()}
         x_0 = self.diffusion.sample(
             lambda x_t, t: self.denoise(x_t, t, repeated),
-            noise(),
+            flat_noise(),
             steps=25 if steps is None else steps,
             solver=solver,
-            noise=noise,
+            noise=flat_noise,
+            project=None if project is None else project_network,
         )
         return self.from_network(x_0, repeated).unflatten(0, (size, n_samples))
 

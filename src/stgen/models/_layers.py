@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Standardize", "timestep_embedding"]
+__all__ = ["ChannelNorm", "ImageStem", "ResBlock", "Standardize", "UNet", "timestep_embedding"]
 
 
 class Standardize(nn.Module):
@@ -62,3 +64,172 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000) -> Tenso
     frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class ChannelNorm(nn.Module):
+    """Root-mean-square normalization over the channels of each pixel, with a learned scale and shift per channel.
+
+    Pixels are normalized on their own, not over the map as group normalization would: the network then gives a bin the
+    same result in any tile.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def reset_parameters(self) -> None:
+        """Scale 1, shift 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5) * self.weight + self.bias
+
+
+class ResBlock(nn.Module):
+    """Two 3 x 3 convolutions around which the input passes; the noise level scales and shifts what is between them.
+
+    Starts as the identity (or as its 1 x 1 projection), once :func:`draw_weights` has set the second convolution to zero.
+    """
+
+    def __init__(self, inputs: int, outputs: int, time_dim: int | None = None) -> None:
+        super().__init__()
+        self.norm_in, self.conv_in = ChannelNorm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm_out, self.conv_out = ChannelNorm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.time = None if time_dim is None else nn.Linear(time_dim, 2 * outputs)
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        self.conv_out.starts_at_zero = True
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """``x`` is ``(B, inputs, H, W)``, ``time`` ``(B, time_dim)``; the result ``(B, outputs, H, W)``."""
+        hidden = self.norm_out(self.conv_in(F.silu(self.norm_in(x))))
+        if self.time is not None:
+            scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
+            hidden = hidden * (1 + scale) + shift
+        return self.skip(x) + self.conv_out(F.silu(hidden))
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over all pixels of a map, with a residual connection that starts closed."""
+
+    def __init__(self, channels: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_dim)
+        self.norm = ChannelNorm(channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.out.starts_at_zero = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)  # (B, heads, dim, pixels)
+        return x + self.out(attended.flatten(1, 2).unflatten(2, x.shape[2:]))
+
+
+class UNet(nn.Module):
+    """Encoder and decoder with skip connections, for maps whose sides are multiples of ``2 ** (len(widths) - 1)``.
+
+    Parameters
+    ----------
+    inputs, outputs
+        Channels.
+    widths
+        Channels at each resolution, finest first; each is half as fine as the one before.
+    time_dim
+        Size of the noise level's embedding; none for a network without one.
+    blocks
+        Residual blocks at each resolution, on each way.
+    attention
+        Resolutions (numbers of ``widths``) with self-attention. It sees the whole tile, so that results come to depend on
+        the tile.
+    head_dim
+        Channels of an attention head.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        widths: Sequence[int],
+        time_dim: int | None = None,
+        blocks: int = 1,
+        attention: Sequence[int] = (),
+        head_dim: int = 48,
+    ) -> None:
+        super().__init__()
+
+        def level(start: int, width: int, number: int) -> nn.ModuleList:
+            layers: list[nn.Module] = [ResBlock(start if i == 0 else width, width, time_dim) for i in range(blocks)]
+            return nn.ModuleList([*layers, *([PixelAttention(width, head_dim)] if number in attention else [])])
+
+        last = len(widths) - 1
+        self.enter = nn.Conv2d(inputs, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(level(widths[max(i - 1, 0)], width, i) for i, width in enumerate(widths))
+        self.middle = level(widths[-1], widths[-1], last)
+        self.up = nn.ModuleList(level(widths[i + 1] + widths[i], widths[i], i) for i in reversed(range(last)))
+        self.norm = ChannelNorm(widths[0])
+        self.leave = nn.Conv2d(widths[0], outputs, 3, padding=1)
+        self.leave.starts_at_zero = True
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """``x`` is ``(B, inputs, H, W)``, ``time`` ``(B, time_dim)``; the result ``(B, outputs, H, W)``."""
+        x = self.enter(x)
+        skips = []
+        for number, layers in enumerate(self.down):
+            x = _through(layers, F.avg_pool2d(x, 2) if number else x, time)
+            skips.append(x)
+        x = _through(self.middle, skips.pop(), time)
+        for layers in self.up:
+            x = _through(layers, torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1), time)
+        return self.leave(F.silu(self.norm(x)))
+
+
+def _through(layers: nn.ModuleList, x: Tensor, time: Tensor | None) -> Tensor:
+    for layer in layers:
+        x = layer(x, time) if isinstance(layer, ResBlock) else layer(x)
+    return x
+
+
+class ImageStem(nn.Module):
+    """Histology at ``s x s`` pixels per bin to features per bin, by convolutions that halve it (or divide it by 3, 5).
+
+    Parameters
+    ----------
+    channels
+        Channels of the image.
+    width
+        Features of a bin.
+    px_per_bin
+        Image pixels along a bin, ``s``.
+    """
+
+    def __init__(self, channels: int, width: int, px_per_bin: int) -> None:
+        super().__init__()
+        strides = prime_factors(px_per_bin)
+        widths = [channels, *(max(16, width >> (len(strides) - i)) for i in range(len(strides))), width]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(a, b, stride + 2, stride, padding=1)
+            for a, b, stride in zip(widths, widths[1:], [*strides, 1], strict=False)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``h`` is ``(B, channels, s H, s W)``; the result ``(B, width, H, W)``."""
+        for number, layer in enumerate(self.layers):
+            h = layer(F.silu(h) if number else h)
+        return h
+
+
+def prime_factors(n: int) -> list[int]:
+    """Prime factors in increasing order; none for 1."""
+    divisor = next((d for d in range(2, n + 1) if n % d == 0), None)
+    return [] if divisor is None else [divisor, *prime_factors(n // divisor)]
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Draw the weights of all layers anew, as torch does; those marked ``starts_at_zero`` become zero."""
+    for layer in module.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+        if getattr(layer, "starts_at_zero", False):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)

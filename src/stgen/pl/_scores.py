@@ -18,7 +18,13 @@ MEANING = {
     "RVD": "relative variance distance per gene (RVD)",
     "RVD_sample": "relative variance distance per gene, single samples (RVD)",
     "CRPS": "continuous ranked probability score per gene (CRPS)",
+    "SSIM": "structural similarity per gene (SSIM)",
+    "PCC/ceiling": "correlation per gene, as a share of the noise ceiling (PCC/ceiling)",
+    "Moran_difference": "Moran's I per gene, predicted minus true",
+    "residual_mean": "mean relative residual of the measurement, per gene",
+    "residual_max": "largest relative residual of the measurement, per gene",
 }
+HIGHER_IS_BETTER = ("PCC", "PCC/ceiling", "SSIM")
 
 
 def scores(
@@ -35,7 +41,8 @@ def scores(
         and one row per gene, which holds the metric.
     metric
         Column of ``Scores.genes``, such as ``"PCC"``, ``"RMSE"``, ``"RVD"`` or ``"coverage_90%"``. Higher is better for PCC,
-        closer to the dashed line for coverage, and lower for everything else.
+        PCC/ceiling and SSIM, closer to the dashed line for coverage and the difference of Moran's I, and lower for
+        everything else.
     color
         Color of the points.
     ax
@@ -63,11 +70,11 @@ def scores(
     ['probe', 'mean']
     """
     columns = _columns(scores, metric)
-    nominal = float(metric.removeprefix("coverage_").rstrip("%")) / 100 if metric.startswith("coverage_") else None
+    nominal = _nominal(metric)
     columns = dict(sorted(columns.items(), key=lambda item: _rank(item[1], metric, nominal)))
     if ax is None:
         ax = plt.subplots(figsize=(5.5, 0.9 + 0.45 * len(columns)), layout="constrained")[1]
-    reference = 0.0 if metric == "PCC" else nominal
+    reference = {"PCC": 0.0, "PCC/ceiling": 1.0}.get(metric, nominal)
     if reference is not None:
         ax.axvline(reference, color="0.4", lw=1, ls="--", zorder=0)
     for row, values in enumerate(columns.values()):
@@ -84,7 +91,7 @@ def scores(
     ax.use_sticky_edges = False  # room beside boxes that touch the limit
     ax.set_yticks(range(len(columns)), list(columns))
     ax.set_ylim(len(columns) - 0.5, -0.5)
-    ax.set_xlabel(_label(metric, nominal))
+    ax.set_xlabel(_label(metric))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -119,16 +126,23 @@ def _columns(scores: Mapping[str, Scores] | pd.DataFrame, metric: str) -> dict[s
     return columns
 
 
+def _nominal(metric: str) -> float | None:
+    """The value to come close to, of metrics that have one."""
+    if metric.startswith("coverage_"):
+        return float(metric.removeprefix("coverage_").rstrip("%")) / 100
+    return 0.0 if metric == "Moran_difference" else None
+
+
 def _rank(values: np.ndarray, metric: str, nominal: float | None) -> float:
     """Smaller is better."""
     if nominal is not None:
         return abs(values.mean() - nominal)
-    return -values.mean() if metric == "PCC" else values.mean()
+    return -values.mean() if metric in HIGHER_IS_BETTER else values.mean()
 
 
-def _label(metric: str, nominal: float | None) -> str:
-    if nominal is not None:
-        return f"share of locations inside the {nominal:.0%} interval, per gene"
+def _label(metric: str) -> str:
+    if metric.startswith("coverage_"):
+        return f"share of locations inside the {metric.removeprefix('coverage_').rstrip('%')}% interval, per gene"
     return MEANING.get(
         metric, f"{metric} per gene, in units of expression" if metric in ("RMSE", "MAE") else f"{metric} per gene"
     )

@@ -1,10 +1,22 @@
-"""Preparation: genes to predict, histology embeddings, and whether image and locations belong together."""
+"""Preparation: genes to predict, histology embeddings, alignment, and maps of counts at high and low resolution."""
 
 from __future__ import annotations
 
 from ._alignment import AlignmentReport, check_alignment
 from ._embed import embed
 from ._genes import select_genes
+from ._rasterize import degrade, rasterize
+from ._spots import simulate_spots, spots_to_map
 from ._tiles import tile_grid
 
-__all__ = ["AlignmentReport", "check_alignment", "embed", "select_genes", "tile_grid"]
+__all__ = [
+    "AlignmentReport",
+    "check_alignment",
+    "degrade",
+    "embed",
+    "rasterize",
+    "select_genes",
+    "simulate_spots",
+    "spots_to_map",
+    "tile_grid",
+]

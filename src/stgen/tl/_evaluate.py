@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
-from sklearn.neighbors import kneighbors_graph
 from spatialdata import SpatialData
 
-from stgen import metrics
 from stgen._io import get_section, get_table
+from stgen.tl._evaluate_maps import evaluate_maps
 from stgen.tl._inputs import expression
+from stgen.tl._scores import Scores, score
+from stgen.transforms import TransformName
 
-__all__ = ["Scores", "evaluate", "score"]
-
-
-class Scores(NamedTuple):
-    """Result of :func:`stgen.tl.evaluate`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from stgen.tl._evaluate import score
-    >>> truth = np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 1.0]])
-    >>> genes, summary = score(truth + 1, truth, ["A", "B"])
-    >>> genes["PCC"].to_list(), float(summary["MSE"])
-    ([1.0, 1.0], 1.0)
-    """
-
-    genes: pd.DataFrame
-    """One row per gene, one column per score."""
-    summary: pd.Series
-    """One number per score, over all genes."""
+__all__ = ["Scores", "evaluate"]
 
 
 def evaluate(
     data: SpatialData | AnnData,
     *,
     key: str = "predicted",
+    truth_key: str | None = None,
+    low_res: str | None = None,
+    replicate_key: str | None = None,
+    transform: TransformName | None = None,
+    gene_scale: Mapping[str, float] | pd.Series | None = None,
     truth_layer: str | None = None,
     table_key: str | None = None,
     ranking: list[str] | None = None,
 ) -> Scores:
-    """Score a prediction against the counts of the same table, on the scale of the prediction.
+    """Score a prediction against measured counts: of the same table, or of a map on the same grid.
 
     All scores are signed and nothing is rescaled. Give the same genes to every method that you compare, and report
     simple baselines (:class:`stgen.models.TrainingMean`, :class:`stgen.models.LinearProbe`) beside any model.
@@ -53,11 +39,27 @@ def evaluate(
     Parameters
     ----------
     data
-        Object with the result of :func:`stgen.tl.predict_expression` in its layers, and counts.
+        Object with the result of :func:`stgen.tl.predict_expression` in the layers of a table, and counts; or with a map of
+        counts as an image, such as :func:`stgen.tl.superresolve` makes, and another of the truth.
     key
-        The result's ``key_added``.
+        The result's ``key_added``: an image of a SpatialData, or else a layer of its table.
+    truth_key
+        Map only: image with the true counts, on the same grid. Genes of both are scored, and bins that are NaN in
+        either are left out.
+    low_res
+        Map only: what the prediction was made from, a map of larger bins or the table of spots. Adds the residual of
+        measurement consistency.
+    replicate_key
+        Map only: image with counts of the same tissue that are independent of the truth, such as the other half of the
+        molecules. Adds the noise ceiling: their correlation's square root.
+    transform
+        Map only: scale of the scores, ``"log1p_raw"`` by default, or ``"log2p1_raw"`` or ``"none"`` (counts). Predictions in a
+        table are scored on their own scale.
+    gene_scale
+        Map only: number by which each gene is divided after the transform, for example a high quantile on training
+        tissue.
     truth_layer
-        Layer with the measured counts; by default the ``layer`` of the prediction, or ``X``.
+        Table only: layer with the measured counts; by default the ``layer`` of the prediction, or ``X``.
     table_key
         Table of a SpatialData; needed only if there are several.
     ranking
@@ -66,16 +68,25 @@ def evaluate(
 
     Returns
     -------
-    ``genes``: PCC, RMSE, MAE, RVD of the prediction; with kept samples also RVD of single samples (averaged), coverage of
-    the 50, 80 and 90 % intervals, and CRPS. ``summary``: means over genes, medians of RVD, PCC-k, GSC and SSC (from the
-    samples where kept; ``GSC_sample`` is that of one sample on its own), and the number of constant predictions.
+    ``genes``: PCC (0 for a constant), MSE, RMSE, MAE, RVD of the prediction; with kept samples also RVD of single samples
+    (averaged), coverage of the 50, 80 and 90 % intervals, and CRPS. ``summary``: means over genes, medians of RVD, PCC-k,
+    GSC and SSC (from the samples where kept; ``GSC_sample`` is that of one sample on its own), and the number of constant
+    predictions.
+
+    Maps also have SSIM, whose data range is 1 with ``gene_scale`` and else the largest true value of the gene on the
+    scale, and ``Moran_difference``, Moran's I of prediction (or mean over samples) minus that of the truth, among bins
+    that share a side. The map itself is the prediction that is scored; kept samples serve the scores of single samples
+    and of the spread. With ``replicate_key``: ``ceiling`` and ``PCC/ceiling``. With ``low_res``: ``residual_mean`` and ``residual_max``, over
+    footprints, of ``|predicted - measured| / max(measured, 1)``, in counts; footprints that reach beyond the map or hold
+    no predicted bin are left out, and ``residual_max`` of the summary is the largest over genes.
 
     Raises
     ------
     KeyError
-        If there is no such result.
+        If there is no such result, or no truth was named for a map.
     ValueError
-        If the counts are no counts.
+        If the counts are no counts, maps are on different grids or share no gene, or an argument does not fit the kind of
+        result.
 
     Examples
     --------
@@ -88,7 +99,35 @@ def evaluate(
     >>> scores = tl.evaluate(adata)
     >>> bool(scores.summary["PCC"] > 0)
     True
+
+    A map, here the truth itself:
+
+    >>> pp.rasterize(sdata, points_key="transcripts", genes=["EPCAM", "COL1A1"], key_added="counts")
+    >>> scores = tl.evaluate(sdata, key="counts", truth_key="counts")
+    >>> scores.genes.loc["EPCAM", ["RMSE", "SSIM"]].to_list()
+    [0.0, 1.0]
     """
+    for_maps = {
+        "truth_key": truth_key, "low_res": low_res, "replicate_key": replicate_key, "transform": transform,
+        "gene_scale": gene_scale,
+    }  # fmt: skip
+    for_maps = {name: value for name, value in for_maps.items() if value is not None}
+    is_map = isinstance(data, SpatialData) and table_key is None and key in data.images
+    if for_maps and not is_map:
+        images = ", ".join(map(repr, data.images)) if isinstance(data, SpatialData) else ""
+        raise KeyError(
+            f"{', '.join(for_maps)} {'is' if len(for_maps) == 1 else 'are'} for maps, and there is no map {key!r} to score; "
+            f"sdata.images has {images or 'none'}. stgen.tl.superresolve(sdata, ..., key_added={key!r}) makes one."
+        )
+    if is_map:
+        if truth_key is None:
+            raise KeyError(
+                f"{key!r} is a map, and no truth to compare it with was named: pass truth_key=<map of counts on the same "
+                "grid>; stgen.pp.rasterize makes one of molecules or cells."
+            )
+        if truth_layer is not None:
+            raise ValueError(f"`truth_layer` is for predictions in a table, and {key!r} is a map.")
+        return evaluate_maps(data, key, **for_maps, ranking=ranking)
     table = get_table(data, table_key=table_key)
     entry = table.uns.get("stgen", {}).get(key)
     if key not in table.layers or entry is None:
@@ -108,53 +147,6 @@ def evaluate(
         position = {gene: i for i, gene in enumerate(genes)}
         ranking = [position[gene] for gene in ranking if gene in position]
     return score(pred, truth, genes, samples=samples, xy=_xy(data, table_key), ranking=ranking)
-
-
-def score(
-    pred: np.ndarray,
-    truth: np.ndarray,
-    genes: list[str],
-    *,
-    samples: np.ndarray | None = None,
-    xy: np.ndarray | None = None,
-    ranking: list[int] | None = None,
-) -> Scores:
-    """Every score of a prediction ``(n, G)``, of samples ``(S, n, G)`` where there are any, and of what they share."""
-    columns = {
-        "PCC": metrics.pcc(pred, truth),
-        "MSE": metrics.mse(pred, truth),
-        "RMSE": metrics.rmse(pred, truth),
-        "MAE": metrics.mae(pred, truth),
-        "RVD": metrics.rvd(pred, truth),
-    }
-    single = pred[None] if samples is None else samples
-    if samples is not None:
-        columns["RVD_sample"] = np.mean([metrics.rvd(s, truth) for s in samples], 0)
-        for level in (0.5, 0.8, 0.9):
-            columns[f"coverage_{level:.0%}"] = metrics.coverage(samples, truth, level)
-        columns["CRPS"] = metrics.crps(samples, truth, centered=True)
-    frame = pd.DataFrame(columns, index=pd.Index(genes, name="gene"))
-    summary = frame.mean().to_dict()
-    summary |= {f"{name}_median": frame[name].median() for name in frame if name.startswith("RVD")}
-    for k in (10, 50):
-        if len(genes) > k:
-            summary[f"PCC-{k}_oracle"] = metrics.top_k(frame["PCC"], k)
-            if ranking is not None:
-                summary[f"PCC-{k}_ranked"] = metrics.top_k(frame["PCC"], k, ranking=ranking)
-    summary["GSC"] = metrics.gsc(single, truth)
-    if samples is not None:
-        summary["GSC_sample"] = np.mean([metrics.gsc(s, truth) for s in samples])
-    if xy is not None and len(xy) > 6:
-        weights = _neighbors(xy)
-        summary["SSC"] = metrics.ssc(single, truth, weights)
-    summary["constant_predictions"] = int((np.ptp(pred, 0) == 0).sum())
-    return Scores(frame, pd.Series(summary, name="score"))
-
-
-def _neighbors(xy: np.ndarray, k: int = 6) -> sp.csr_matrix:
-    """Symmetric weights: one for each pair of which either is among the other's ``k`` nearest."""
-    weights = kneighbors_graph(xy, k)
-    return weights.maximum(weights.T)
 
 
 def _xy(data: SpatialData | AnnData, table_key: str | None) -> np.ndarray | None:

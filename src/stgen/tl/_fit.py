@@ -11,12 +11,13 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from stgen._io import get_section, get_table, provenance
-from stgen.data import SpotData
-from stgen.models import Model
+from stgen.data import MapData, SpotData
+from stgen.models import MapModel, Model
+from stgen.tl._fit_maps import MapKeys, cut_tiles, gather_maps, split_maps
 from stgen.tl._inputs import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
 from stgen.train import check_device
 
-__all__ = ["Source", "check_training", "fit", "fit_arrays", "gather", "hold_out"]
+__all__ = ["Source", "check_training", "fit", "fit_in_place", "gather", "hold_out", "split"]
 
 logger = logging.getLogger("stgen")
 
@@ -30,13 +31,19 @@ def fit(
     embedding_key: str | None = None,
     table_key: str | None = None,
     layer: str | None = None,
-    validation: float = 0.125,
+    map_key: str | None = None,
+    image_key: str | None = None,
+    low_res: str | None = None,
+    tile: int | None = None,
+    validation: float | Data | Mapping[str, Data] = 0.125,
     seed: int = 0,
     **options: Any,
 ) -> Model:
     """Fit a model on one section or several.
 
-    Everything is taken from the tables: counts, and the histology embedding that :func:`stgen.pp.embed` left there.
+    A model of locations (``model.takes == "locations"``) is fitted on tables: counts, and the histology embedding that
+    :func:`stgen.pp.embed` left there. A model of maps (``"maps"``) is fitted on fine maps, as :func:`stgen.pp.rasterize`
+    makes them, with the histology image and the low-resolution data on the same tissue.
 
     Parameters
     ----------
@@ -45,15 +52,26 @@ def fit(
     data
         One section, or a mapping from names to sections. Sections of one patient belong together: hold out patients,
         not sections, if you want to know how a model does on a new one.
-    embedding_key
-        Embedding in ``obsm``; by default the one that :func:`stgen.pp.embed` recorded. If ``f"{embedding_key}_views"``
-        is there too (dihedral views, ``(n, 8, D)``), models that train in steps draw a view at random each time.
-    table_key
-        Table of a SpatialData; needed only if there are several.
-    layer
-        Layer with the counts; by default ``X``. The model's ``transform`` brings them to its scale.
+    embedding_key, table_key, layer
+        For models of locations: the embedding in ``obsm``, by default the one that :func:`stgen.pp.embed` recorded; the
+        table, needed only where there are several; the layer with the counts, by default ``X``. If
+        ``f"{embedding_key}_views"`` is there too (dihedral views, ``(n, 8, D)``), models that train in steps draw a view
+        at random each time.
+    map_key
+        For models of maps: the fine map in ``sdata.images``, counts per bin of the model's ``bin_um``. Bins that are NaN
+        are not trained on.
+    image_key
+        For models of maps: the histology image; needed only where there are several.
+    low_res
+        For models of maps: the low-resolution data, a map in ``sdata.images`` or a table of spots in ``sdata.tables``. By
+        default the fine map itself is summed over blocks of the model's ``factor``; what was measured apart from the
+        truth, or by spots, is nearer to what the model will meet.
+    tile
+        For models of maps: side of the training tiles in bins; the model's own by default. Tiles are cut at many offsets
+        and turned and mirrored, map, low-resolution map and image together.
     validation
-        Share of locations held out for early stopping, in whole spatial blocks. 0 for none.
+        Share of the tissue held out for early stopping, in whole spatial blocks; 0 for none. Or sections of their own, as
+        ``data`` (models of maps).
     seed
         Random seed of the split and of the training.
     **options
@@ -67,10 +85,11 @@ def fit(
     Raises
     ------
     KeyError
-        If an embedding, a table or a gene is missing.
+        If an embedding, a table, a map, an image or a gene is missing.
     ValueError
-        If counts are not counts, a gene is constant, locations are too few, embeddings of the sections differ, or the
-        device is unknown. The model is then as it was.
+        If counts are not counts, a gene is constant, locations are too few, embeddings of the sections differ, map, image
+        and low-resolution data do not fit the model or one another, or the device is unknown. The model is then as it
+        was.
 
     Examples
     --------
@@ -86,20 +105,61 @@ def fit(
     sections = dict(data) if isinstance(data, Mapping) else {"section": data}
     if "device" in options:
         check_device(options["device"])
-    sources = {}
-    for name, section in sections.items():
-        table = get_table(section, table_key=table_key)
-        sources[name] = Source(table, table, get_section(section, table_key=table_key).xy_px)
-    everything, blocks, record = gather(model, sources, embedding_key=embedding_key, layer=layer)
+    for_maps = {"map_key": map_key, "image_key": image_key, "low_res": low_res, "tile": tile}
+    for_locations = {"embedding_key": embedding_key, "table_key": table_key, "layer": layer}
+    useless = [k for k, v in (for_locations if model.takes == "maps" else for_maps).items() if v is not None]
+    if useless:
+        raise ValueError(
+            f"{type(model).__name__} is a model of {model.takes}, which has no use for {', '.join(useless)}."
+        )
     rng = np.random.default_rng(seed)
-    held_out = hold_out(blocks, validation, rng)
-    record |= {"validation": validation, "seed": seed, "layer": layer}
-    fit_arrays(model, everything, held_out, record, seed=seed, **options)
+    if model.takes == "maps":
+        train, held_out, record = _maps(model, sections, MapKeys(map_key, image_key, low_res), tile, validation, rng)
+        n = f"{record['n_bins']} bins"
+    else:
+        if not isinstance(validation, int | float):
+            raise ValueError("`validation` must be a share of the locations for a model of locations.")
+        sources = {}
+        for name, section in sections.items():
+            table = get_table(section, table_key=table_key)
+            sources[name] = Source(table, table, get_section(section, table_key=table_key).xy_px)
+        everything, blocks, record = gather(model, sources, embedding_key=embedding_key, layer=layer)
+        train, held_out = split(everything, hold_out(blocks, validation, rng))
+        record |= {"validation": validation, "layer": layer}
+        n = f"{record['n_locations']} locations"
+    fit_in_place(model, train, held_out, {**record, "seed": seed}, seed=seed, **options)
     logger.info(
-        "fitted %s on %d locations of %d section(s); model.save(folder) keeps it.",
-        type(model).__name__, len(everything), len(sections),
-    )  # fmt: skip
+        "fitted %s on %s of %d section(s); model.save(folder) keeps it.", type(model).__name__, n, len(sections)
+    )
     return model
+
+
+def _maps(
+    model: MapModel,
+    sections: Mapping[str, Data],
+    keys: MapKeys,
+    tile: int | None,
+    validation: float | Data | Mapping[str, Data],
+    rng: np.random.Generator,
+) -> tuple[MapData, MapData | None, dict[str, Any]]:
+    """Training and validation tiles of sections with maps, and a record of what they are."""
+    tile = model.tile if tile is None else tile
+    if isinstance(tile, bool) or tile != int(tile) or tile < model.align or tile % model.align:
+        raise ValueError(
+            f"`tile` must be a multiple of {model.align} bins, which {type(model).__name__} needs to see; found {tile!r}."
+        )
+    gathered, record = gather_maps(model, sections, keys)
+    if isinstance(validation, int | float):
+        gathered, apart = split_maps(gathered, validation, tile, rng)
+        record["validation"] = validation
+    else:
+        named = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
+        apart, of_validation = gather_maps(model, named, keys)
+        record["validation"] = of_validation["sections"]
+    train = cut_tiles(model, gathered, tile, "training")
+    if not any(section.tissue.any() for section in apart):
+        return train, None, record
+    return train, cut_tiles(model, apart, tile, "validation", stride=tile, min_tissue=0.05), record
 
 
 class Source(NamedTuple):
@@ -173,12 +233,22 @@ def hold_out(blocks: np.ndarray, share: float, rng: np.random.Generator) -> np.n
     return np.isin(blocks, chosen)
 
 
-def fit_arrays(model: Model, data: SpotData, held_out: np.ndarray, record: Mapping[str, Any], **options: Any) -> None:
-    """Fit on the rows that are not held out, validate on the others, and keep the record with the model."""
-    validation = data.subset(np.flatnonzero(held_out)) if held_out.any() else None
+def split(data: SpotData, held_out: np.ndarray) -> tuple[SpotData, SpotData | None]:
+    """The rows that are not held out, and those that are."""
+    return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out)) if held_out.any() else None
+
+
+def fit_in_place(
+    model: Model,
+    train: SpotData | MapData,
+    validation: SpotData | MapData | None,
+    record: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """Fit, and keep the record with the model; what goes wrong leaves the model as it was."""
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}, model.training
     try:
-        history = model.fit(data.subset(np.flatnonzero(~held_out)), validation, **options)
+        history = model.fit(train, validation, **options)
     except BaseException:  # also an interrupt: what is not completely fitted stays as it was
         model.load_state_dict(before[0])
         model.train(before[1])

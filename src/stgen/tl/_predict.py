@@ -18,7 +18,7 @@ from stgen._io import get_section, provenance
 from stgen.data import group_folds
 from stgen.models import Model
 from stgen.pp import select_genes
-from stgen.tl._fit import Source, check_training, fit_arrays, gather, hold_out
+from stgen.tl._fit import Source, check_training, fit_in_place, gather, hold_out, split
 from stgen.tl._inputs import expression
 from stgen.tl._target import Target
 from stgen.train import check_device
@@ -153,6 +153,8 @@ def predict_expression(
     fitted = model is not None and model.fitted
     if fitted and fit_options:
         raise ValueError("the model is fitted already, so `fit_options` have no use; construct a new one to fit anew.")
+    if model is not None and model.takes != "locations":
+        raise ValueError(f"{type(model).__name__} makes maps; call stgen.tl.superresolve(sdata, model=...).")
     (model or models.Stem(["any"])).check_sampling(steps, solver)
     target = Target.find(data, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
     chosen = _chosen(model, genes) if fitted else _to_model(model, target, genes, layer)
@@ -286,7 +288,7 @@ def _cross_fit(
         inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
         part = copying.deepcopy(model)
         held_out = hold_out(blocks[inside], validation, np.random.default_rng(sampling["seed"]))
-        fit_arrays(part, data.subset(inside), held_out, info, **options)
+        fit_in_place(part, *split(data.subset(inside), held_out), info, **options)
         drawn = draw(part, data.h[outside, 0].numpy(), outside, **sampling)
         if samples is None:
             samples = np.empty((len(data), *drawn.shape[1:]), np.float32)

@@ -1,0 +1,311 @@
+"""What low-resolution data measure of a fine map, and how a fine map is made to agree with them.
+
+Spots and low-resolution bins are one thing here: footprints on the fine grid over which counts were summed. Coordinates
+are in bins of the fine grid, rows first: bin ``(i, j)`` covers ``[i, i + 1) x [j, j + 1)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+__all__ = ["Consistency", "Kernel", "Measurement"]
+
+Kernel = Literal["gaussian", "nearest", "linear", "cubic"]
+
+KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of the distance along one axis, in pitches
+    "gaussian": lambda d: np.exp(-0.5 * (d / 0.45) ** 2),
+    "nearest": lambda d: (np.abs(d) <= 0.5).astype(float),
+    "linear": lambda d: np.maximum(1 - np.abs(d), 0),
+    "cubic": lambda d: np.where(
+        np.abs(d) <= 1,
+        1.5 * np.abs(d) ** 3 - 2.5 * d**2 + 1,
+        np.where(np.abs(d) < 2, -0.5 * np.abs(d) ** 3 + 2.5 * d**2 - 4 * np.abs(d) + 2, 0),
+    ),
+}
+REACH = 3.0  # pitches beyond which a footprint does not count: the kernel is 1e-10 there
+SUBBINS = 8  # points per side of a bin that decide how much of it a disc covers
+FLOOR = 1e-6  # of the measured density: what a footprint without any prediction is filled from
+MAX_SWEEPS = 100
+MOST_SCALED = 3.0
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Counts summed over footprints on a fine grid.
+
+    Parameters
+    ----------
+    counts
+        Measured counts, shape ``(n, G)``.
+    centers
+        Centers of the footprints ``(y, x)`` in bins, shape ``(n, 2)``.
+    diameter
+        Side of a square or diameter of a disc, in bins.
+    shape
+        ``"square"`` (low-resolution bins) or ``"disc"`` (spots).
+    area
+        How many bins each footprint really measured, shape ``(n,)``; less than its size at the edge of a section.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.measurement import Measurement
+    >>> low = np.array([[[4.0, 8.0]]])  # one gene, 1 x 2 low-resolution bins of 2 x 2 bins each
+    >>> measurement = Measurement.from_map(low, factor=2)
+    >>> measurement.pool(np.ones((1, 2, 4))).ravel()
+    array([4., 4.])
+    """
+
+    counts: np.ndarray
+    centers: np.ndarray
+    diameter: float
+    shape: Literal["square", "disc"]
+    area: np.ndarray
+
+    def __post_init__(self) -> None:
+        if (
+            self.counts.ndim != 2
+            or self.centers.shape != (len(self.counts), 2)
+            or self.area.shape != (len(self.counts),)
+        ):
+            raise ValueError(
+                f"counts (n, G), centers (n, 2) and area (n,) do not fit together: found {self.counts.shape}, "
+                f"{self.centers.shape}, {self.area.shape}."
+            )
+        if not np.isfinite(self.counts).all() or (self.counts < 0).any():
+            raise ValueError("measured counts must be finite and not negative.")
+
+    @classmethod
+    def from_map(cls, low: np.ndarray, factor: int, area: np.ndarray | None = None) -> Measurement:
+        """The bins of a low-resolution map as footprints; bins that are NaN, or have no area, are left out.
+
+        Parameters
+        ----------
+        low
+            Counts per low-resolution bin, shape ``(G, h, w)``.
+        factor
+            Fine bins along the side of a low-resolution one.
+        area
+            Fine bins that were measured in each, shape ``(h, w)``; ``factor ** 2`` by default.
+        """
+        _, height, width = low.shape
+        area = np.full((height, width), float(factor**2)) if area is None else np.asarray(area, float)
+        known = np.isfinite(low).all(0) & (area > 0)
+        rows, columns = np.nonzero(known)
+        centers = (np.column_stack([rows, columns]) + 0.5) * factor
+        return cls(np.asarray(low, np.float32)[:, rows, columns].T, centers, float(factor), "square", area[known])
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @cached_property
+    def pitch(self) -> float:
+        """Distance between neighboring footprints, in bins."""
+        if len(self) < 2:
+            return self.diameter
+        distance = cKDTree(self.centers).query(self.centers, k=2)[0][:, 1]
+        return max(float(np.median(distance)), 1e-6)
+
+    @cached_property
+    def density(self) -> np.ndarray:
+        """Counts per bin of each footprint, shape ``(n, G)``."""
+        return self.counts / np.maximum(self.area, 1e-6)[:, None]
+
+    def with_counts(self, counts: np.ndarray) -> Measurement:
+        """The same footprints with other counts, shape ``(n, G)``."""
+        return Measurement(np.asarray(counts, np.float32), self.centers, self.diameter, self.shape, self.area)
+
+    def near(self, y0: float, x0: float, height: float, width: float, margin: float) -> np.ndarray:
+        """Rows of the footprints whose centers lie in a window or at most ``margin`` bins beside it."""
+        y, x = self.centers.T
+        inside = (y >= y0 - margin) & (y <= y0 + height + margin) & (x >= x0 - margin) & (x <= x0 + width + margin)
+        return np.flatnonzero(inside)
+
+    def coverage(self, y0: int, x0: int, height: int, width: int) -> tuple[np.ndarray, sparse.csr_array]:
+        """How much of each bin of a window the footprints cover that lie wholly inside it.
+
+        Returns
+        -------
+        Rows of those footprints, and their shares of the bins, shape ``(len(rows), height * width)``.
+        """
+        radius = self.diameter / 2
+        rows = self.near(y0 + radius, x0 + radius, height - self.diameter, width - self.diameter, 1e-6)
+        return rows, self._covered(rows, y0, x0, height, width)
+
+    def _covered(self, rows: np.ndarray, y0: int, x0: int, height: int, width: int) -> sparse.csr_array:
+        """Shares of the window's bins that some footprints cover."""
+        n_side = int(np.ceil(self.diameter)) + 1
+        corner = np.floor(self.centers[rows] - self.diameter / 2 + 1e-9).astype(int)  # (n, 2)
+        bins = corner[:, :, None] + np.arange(n_side)  # (n, 2, side): bins along y and along x
+        offset = bins - self.centers[rows][:, :, None]
+        if self.shape == "square":
+            side = np.clip(np.minimum(offset + 1, self.diameter / 2) - np.maximum(offset, -self.diameter / 2), 0, 1)
+            share = side[:, 0, :, None] * side[:, 1, None, :]
+        else:
+            points = offset[..., None] + (np.arange(SUBBINS) + 0.5) / SUBBINS  # (n, 2, side, SUBBINS)
+            y, x = points.reshape(len(rows), 2, n_side * SUBBINS).transpose(1, 0, 2)
+            inside = y[:, :, None] ** 2 + x[:, None, :] ** 2 <= (self.diameter / 2) ** 2
+            share = inside.reshape(len(rows), n_side, SUBBINS, n_side, SUBBINS).mean((2, 4))
+        y, x = bins[:, 0, :, None] - y0, bins[:, 1, None, :] - x0
+        kept = (share > 0) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        footprint, i, j = np.nonzero(kept)
+        position = bins[footprint, 0, i] - y0, bins[footprint, 1, j] - x0
+        return sparse.csr_array(
+            (share[kept].astype(np.float32), (footprint, position[0] * width + position[1])),
+            shape=(len(rows), height * width),
+        )
+
+    def pool(self, counts: np.ndarray) -> np.ndarray:
+        """Sum a fine map over every footprint: what the measurement would have been.
+
+        Parameters
+        ----------
+        counts
+            Counts per bin, shape ``(G, H, W)``; NaN counts as nothing.
+
+        Returns
+        -------
+        Shape ``(n, G)``. The part of a footprint beyond the map counts as nothing.
+        """
+        n_genes, height, width = counts.shape
+        covered = self._covered(np.arange(len(self)), 0, 0, height, width)
+        return covered @ np.nan_to_num(np.asarray(counts, np.float64)).reshape(n_genes, -1).T
+
+    def interpolate(
+        self, y0: int, x0: int, height: int, width: int, kernel: Kernel = "gaussian"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Map of the measured density on a window: ``sum K counts / sum K area``, footprints weighted by a kernel.
+
+        It knows no lattice, so that square bins, hexagonal spots and sections with holes go one way; a bin's value is
+        the same whatever the window, and turns and mirrors with the data.
+
+        Parameters
+        ----------
+        y0, x0, height, width
+            The window, in bins.
+        kernel
+            ``"gaussian"`` (as wide as bilinear interpolation, and smooth), ``"nearest"``, ``"linear"`` or ``"cubic"``
+            (Keys, 1981, a = -0.5): on a lattice of squares these are what image libraries call nearest, bilinear and
+            bicubic.
+
+        Returns
+        -------
+        Counts per bin ``(G, height, width)``, zero where nothing is near; and ``(1, height, width)``, 1 within about
+        one pitch of a footprint, else 0.
+        """
+        near = self.near(y0, x0, height, width, REACH * self.pitch)
+        distance = [
+            (start + np.arange(n)[:, None] + 0.5 - self.centers[near, axis]) / self.pitch
+            for axis, (start, n) in enumerate([(y0, height), (x0, width)])
+        ]
+        smooth = [KERNELS["gaussian"](d) for d in distance]
+        valid = smooth[0] @ smooth[1].T >= KERNELS["gaussian"](1.0)
+        along_y, along_x = smooth if kernel == "gaussian" else [KERNELS[kernel](d) for d in distance]
+        weight = (along_y * self.area[near]) @ along_x.T
+        summed = (self.counts[near].T[:, None, :] * along_y.astype(np.float32)) @ along_x.astype(np.float32).T
+        density = np.where(valid & (weight > 1e-9), summed / np.maximum(weight, 1e-9), 0)
+        return np.maximum(density, 0).astype(np.float32), valid[None].astype(np.float32)
+
+
+class Consistency:
+    """Scales a fine map so that its sum over each footprint of a window is what was measured there.
+
+    Every bin is multiplied by the ratio of measured to predicted counts of its footprint, which keeps zero bins and
+    proportions within a footprint as they are and cannot make counts negative. Bins in several footprints get the mean
+    ratio, weighted by coverage, and the sweep is repeated until all agree to 1e-4. Footprints that reach out of the
+    window are left alone. A footprint with a measurement but no prediction is filled evenly.
+
+    Parameters
+    ----------
+    measurement
+        What was measured.
+    y0, x0, height, width
+        The window, in bins.
+    tissue
+        Which of its bins are tissue, shape ``(height, width)``; what was measured lies there. All by default.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from stgen.measurement import Consistency, Measurement
+    >>> measurement = Measurement.from_map(np.array([[[6.0]]]), factor=2)
+    >>> agree = Consistency(measurement, 0, 0, 2, 2)
+    >>> agree(torch.tensor([[[[0.0, 1.0], [1.0, 1.0]]]])).round().ravel()
+    tensor([0., 2., 2., 2.])
+    """
+
+    def __init__(
+        self, measurement: Measurement, y0: int, x0: int, height: int, width: int, tissue: np.ndarray | None = None
+    ) -> None:
+        rows, covered = measurement.coverage(y0, x0, height, width)
+        if tissue is not None:
+            covered = sparse.csr_array(covered * tissue.reshape(1, -1))
+            covered.eliminate_zeros()
+        seen = np.flatnonzero(covered.sum(1) > 0)  # a footprint without tissue cannot be agreed with
+        rows, covered = rows[seen], covered[seen]
+        per_bin = np.asarray(covered.sum(0)).ravel()
+        share = covered.multiply(1 / np.maximum(per_bin, 1e-12)[None]).T
+        spread = measurement.counts[rows] / covered.sum(1)[:, None]
+        self.rows = rows
+        self.pool = _torch(covered)  # (n, P)
+        self.share = _torch(share)  # (P, n), rows sum to 1 where a footprint covers the bin
+        self.target = torch.as_tensor(np.asarray(measurement.counts[rows], np.float32))
+        self.outside = torch.as_tensor(per_bin == 0)
+        self.floor = torch.as_tensor(np.asarray(FLOOR * (share @ spread), np.float32))
+        self.disjoint = bool(np.diff(covered.tocsc().indptr).max(initial=0) <= 1)
+
+    def to(self, device: torch.device | str) -> Consistency:
+        """Move to a device."""
+        for name in ("pool", "share", "target", "outside", "floor"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def toward(self, counts: Tensor) -> Tensor:
+        """Scale counts that may still be negative, at most ``MOST_SCALED`` times up or down, once.
+
+        For estimates on the way to a sample: their noise cancels in the sum over a footprint, but not if its negative
+        half were cut off.
+        """
+        if len(self.rows) == 0:
+            return counts
+        x = counts.flatten(2).permute(2, 0, 1).flatten(1)
+        target = self.target.repeat(1, len(counts))
+        pooled = (self.pool @ x).clamp(min=1e-6)
+        ratio = (target / pooled).clamp(1 / MOST_SCALED, MOST_SCALED)
+        x = x * torch.where(self.outside[:, None], 1.0, self.share @ ratio)
+        return x.unflatten(1, counts.shape[:2]).permute(1, 2, 0).unflatten(2, counts.shape[2:])
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """Project counts ``(S, G, height, width)``; the result is not negative and agrees with the measurement."""
+        if len(self.rows) == 0:
+            return counts.clamp(min=0)
+        n_samples, n_genes = counts.shape[:2]
+        x = counts.clamp(min=0).flatten(2).permute(2, 0, 1) + self.floor[:, None]  # (P, S, G)
+        x = x.flatten(1)
+        target = self.target.repeat(1, n_samples)
+        for _ in range(1 if self.disjoint else MAX_SWEEPS):
+            pooled = self.pool @ x
+            if not self.disjoint and ((pooled - target).abs() <= TOLERANCE * target).all():
+                break
+            ratio = self.share @ torch.where(target > 0, target / pooled.clamp(min=1e-30), torch.zeros_like(target))
+            x = x * torch.where(self.outside[:, None], 1.0, ratio)
+        return x.unflatten(1, (n_samples, n_genes)).permute(1, 2, 0).unflatten(2, counts.shape[2:])
+
+
+def _torch(matrix: sparse.sparray) -> Tensor:
+    """A sparse matrix as torch's, float32."""
+    matrix = sparse.coo_array(matrix)
+    index = torch.as_tensor(np.stack(matrix.coords).astype(np.int64))
+    return torch.sparse_coo_tensor(
+        index, torch.as_tensor(matrix.data.astype(np.float32)), matrix.shape, check_invariants=True
+    ).coalesce()

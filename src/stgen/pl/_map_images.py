@@ -1,0 +1,222 @@
+"""Maps of counts, drawn where they lie in a coordinate system of the section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stgen._grid import Grid, get_map, measurement_of
+from stgen._image import Histology, affine_to, image_levels
+from stgen._io import _region, _shared_system
+from stgen.pl._panels import (
+    Column,
+    Discs,
+    Picture,
+    Pixels,
+    bounds_in,
+    check_panels,
+    checked_axes,
+    fine_enough,
+    placed,
+    sketch,
+)
+from stgen.tl._evaluate_maps import check_same_grid
+
+__all__ = ["picture_of_maps"]
+
+Window = tuple[float, float, float, float]
+
+
+def picture_of_maps(
+    sdata: SpatialData,
+    genes: list[str],
+    keys: list[str],
+    *,
+    panels: Sequence[str] | None,
+    axes: Any,
+    image_key: str | None,
+    low_res: str | None,
+    truth_key: str | None,
+    bounds_um: Sequence[float] | None,
+    coordinate_system: str | None,
+) -> tuple[Picture, np.ndarray | None]:
+    """What to draw of maps, and the axes, once everything is checked."""
+    shown = _shown(sdata, keys, panels, image_key, low_res, truth_key)
+    axes = checked_axes(axes, (len(genes), len(shown)))
+    counted = dict.fromkeys(key for panel, key in shown if panel != "histology" and key in sdata.images)
+    spots = low_res if any(panel == "measured" for panel, _ in shown) and low_res not in sdata.images else None
+    extra = [f"{key}_std" if panel == "spread" else truth_key for panel, key in shown if panel in ("spread", "error")]
+    for key in [*keys, *counted, *extra]:
+        get_map(sdata, key, genes)
+    region = None if spots is None else _region(sdata, sdata.tables[spots], spots, None)[0]
+    placed_elements = [name for name in (*(counted or keys), image_key, region) if name is not None]
+    system = _shared_system(placed_elements, [sdata[name] for name in placed_elements], coordinate_system)
+
+    grids = {key: Grid.of_map(sdata, key) for key in (counted or keys)}
+    fine = min(grids.values(), key=lambda grid: grid.bin_um)
+    um_per_unit = fine.bin_um / np.sqrt(abs(np.linalg.det(fine.to_system(system)[:2, :2])))
+    window = _window(grids, system, bounds_um, um_per_unit)
+    px = fine_enough(axes)
+    views = {key: _View.of(sdata, key, grid, system, window, px, fine.bin_um) for key, grid in grids.items()}
+
+    columns = []
+    for panel, key in shown:
+        if panel == "histology":
+            columns.append(Column(panel))
+        elif key == spots:
+            columns.append(_spots(sdata, spots, genes, fine, system, window))
+        else:
+            columns.append(_column(panel, key, views[key], truth_key, len(keys)))
+    unit = f"counts per {fine.bin_um:.4g} µm bin"
+    units = {"expression": unit, "spread": f"SD, {unit}", "error": f"predicted minus truth,\n{unit}"}
+    image = None
+    if image_key is not None:
+        histology = Histology(image_levels(sdata.images[image_key]), mpp=1.0)  # in pixels
+        image = sketch(histology, affine_to(sdata.images[image_key], system)[0], window, px)
+    return Picture(columns, units, window, um_per_unit, image), axes
+
+
+# ---- what to draw ----------------------------------------------------------------------------------------------------
+
+
+def _shown(
+    sdata: SpatialData,
+    keys: list[str],
+    panels: Sequence[str] | None,
+    image_key: str | None,
+    low_res: str | None,
+    truth_key: str | None,
+) -> list[tuple[str, str | None]]:
+    """Panel and element of each column."""
+    for key in [*keys, *([] if truth_key is None else [truth_key])]:
+        if key not in sdata.images:
+            raise KeyError(
+                f"there is no map {key!r}; sdata.images has {', '.join(map(repr, sdata.images))}. "
+                f"stgen.tl.superresolve(sdata, ..., key_added={key!r}) makes one of a low-resolution measurement, "
+                "stgen.pp.rasterize of molecules or cells."
+            )
+        if key.endswith("_std") and key.removesuffix("_std") in sdata.images:
+            raise ValueError(
+                f"{key!r} is the spread of {key.removesuffix('_std')!r}: name that one; the panel 'spread' is drawn beside it."
+            )
+    if image_key is not None and image_key not in sdata.images:
+        raise KeyError(f"there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
+    if low_res is not None and low_res not in sdata.images and low_res not in sdata.tables:
+        raise KeyError(
+            f"there is no map or table {low_res!r}; the images are {', '.join(map(repr, sdata.images))}, the tables "
+            f"{', '.join(map(repr, sdata.tables)) or 'none'}."
+        )
+    spread = any(f"{key}_std" in sdata.images for key in keys)
+    no_truth = "no truth was named: pass truth_key=<map of counts>"
+    there = {
+        "histology": None if image_key is not None else "no image was named: pass image_key=<image>",
+        "measured": None if low_res is not None else "no measurement was named: pass low_res=<map or table of spots>",
+        "predicted": None,
+        "truth": None if truth_key is not None else no_truth,
+        "spread": None if spread else f"no sdata.images[{keys[0] + '_std'!r}]",
+        "error": None if truth_key is not None else no_truth,
+    }
+    panels = check_panels(panels, there, ("measured", "predicted", "truth", "spread"))
+    if "error" in panels:
+        for key in keys:
+            check_same_grid(sdata, key, truth_key)
+    element = {"histology": [None], "measured": [low_res], "truth": [truth_key]}
+    return [
+        (panel, key)
+        for panel in panels
+        for key in element.get(panel, keys)
+        if panel != "spread" or f"{key}_std" in sdata.images
+    ]
+
+
+def _column(panel: str, key: str, view: _View, truth_key: str | None, n_keys: int) -> Column:
+    """A column of pixels."""
+    name = key if panel == "predicted" else panel
+    if panel in ("spread", "error") and n_keys > 1:
+        name = f"{key}: {panel}"
+    title = f"{name}\n{view.grid.bin_um:.4g} µm bins ÷ {view.ratio:.4g}" if view.ratio != 1 else name
+    if panel == "spread":
+        return Column(title, "spread", view.pixels, view.reader(f"{key}_std"))
+    read = view.reader(key)
+    if panel == "error":
+        true = view.reader(truth_key)  # on the same grid
+        return Column(title, "error", view.pixels, lambda gene: read(gene) - true(gene))
+    return Column(title, "expression", view.pixels, read)
+
+
+def _spots(sdata: SpatialData, table_key: str, genes: list[str], fine: Grid, system: str, window: Window) -> Column:
+    """A column of discs: the counts of spots, per bin of the fine grid that a spot covers."""
+    measurement = measurement_of(sdata, table_key, fine, genes, coordinate_system=system)
+    matrix = fine.to_system(system)
+    xy = measurement.centers[:, ::-1] @ matrix[:2, :2].T + matrix[:2, 2]
+    diameter = measurement.diameter * np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    left, right, top, bottom = window
+    margin = diameter / 2
+    near = ((xy > [left - margin, top - margin]) & (xy < [right + margin, bottom + margin])).all(1)
+    of_gene = dict(zip(genes, measurement.density[near].T, strict=True))
+    title = f"measured\n{measurement.diameter * fine.bin_um:.4g} µm spots ÷ {measurement.area[0]:.3g}"
+    return Column(title, "expression", Discs(xy[near], float(diameter)), of_gene.__getitem__)
+
+
+# ---- where to draw ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _View:
+    """The part of a map that a panel shows, as finely as the panel can show it."""
+
+    sdata: SpatialData
+    grid: Grid
+    pixels: Pixels
+    rows: slice
+    columns: slice
+    ratio: float
+    """Fine bins in one of this map: what its counts are divided by."""
+
+    @classmethod
+    def of(
+        cls, sdata: SpatialData, key: str, grid: Grid, system: str, window: Window, px: int, fine_um: float
+    ) -> _View:
+        matrix = grid.to_system(system)
+        x0, y0, x1, y1 = bounds_in(matrix, window)
+        x0, y0 = (max(0, int(np.floor(low + 1e-6))) for low in (x0, y0))
+        x1, y1 = (min(size, int(np.ceil(high - 1e-6))) for high, size in ((x1, grid.width), (y1, grid.height)))
+        if x1 <= x0 or y1 <= y0:
+            raise ValueError(f"the map {key!r} does not lie in the window that is drawn; check `bounds_um`.")
+        step = max(1, max(x1 - x0, y1 - y0) // px)
+        rows, columns = (slice(low + (step - 1) // 2, high, step) for low, high in ((y0, y1), (x0, x1)))
+        pixels = Pixels(matrix @ placed(x0, y0, step, step))
+        return cls(sdata, grid, pixels, rows, columns, float(np.round((grid.bin_um / fine_um) ** 2, 6)))
+
+    def reader(self, key: str) -> Callable[[str], np.ndarray]:
+        """Reads a gene of a map on this grid, ``(h, w)`` in counts per fine bin; nothing is read before."""
+
+        def read(gene: str) -> np.ndarray:
+            values = get_map(self.sdata, key, [gene])[0, self.rows, self.columns].data
+            return np.asarray(values, dtype=np.float64) / self.ratio
+
+        return read
+
+
+def _window(grids: dict[str, Grid], system: str, bounds_um: Sequence[float] | None, um_per_unit: float) -> Window:
+    """Left, right, top, bottom, in coordinates of the system: the bounds, or what all maps cover."""
+    if bounds_um is not None:
+        bounds = np.asarray(bounds_um, dtype=float)
+        if bounds.shape != (4,) or not np.isfinite(bounds).all() or (bounds[2:] <= bounds[:2]).any():
+            raise ValueError(
+                f"`bounds_um` must be (x_min, y_min, x_max, y_max) in µm, the first two smaller; found {bounds_um!r}."
+            )
+        x0, y0, x1, y1 = (float(value) for value in bounds / um_per_unit)
+        return x0, x1, y0, y1
+    corners = np.concatenate(
+        [
+            np.array([[x, y, 1] for x in (0, grid.width) for y in (0, grid.height)]) @ grid.to_system(system).T
+            for grid in grids.values()
+        ]
+    )
+    (left, top), (right, bottom) = corners[:, :2].min(0), corners[:, :2].max(0)
+    return float(left), float(right), float(top), float(bottom)

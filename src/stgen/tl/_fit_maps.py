@@ -1,0 +1,176 @@
+"""From sections with maps to the tiles that map models train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stgen._grid import Grid, get_map, map_counts_checked, measurement_of
+from stgen._io import find_image, provenance
+from stgen.data import MapData, MapSection
+from stgen.measurement import Measurement
+from stgen.models import MapModel
+
+__all__ = ["MapKeys", "cut_tiles", "gather_maps", "split_maps"]
+
+IN_MEMORY = 4e9  # bytes of a map or an image up to which it is read once and kept
+BLOCK = 1024  # bins read at a time
+
+
+class MapKeys(NamedTuple):
+    """Where a section's map, histology and low-resolution data are."""
+
+    map_key: str | None
+    image_key: str | None
+    low_res: str | None
+
+
+def gather_maps(
+    model: MapModel, sections: Mapping[str, SpatialData], keys: MapKeys
+) -> tuple[list[MapSection], dict[str, Any]]:
+    """All sections with what goes with them on the grids of their maps, and a record of what they are."""
+    if not sections:
+        raise ValueError("`data` is an empty mapping; give at least one section.")
+    if keys.map_key is None:
+        raise ValueError(
+            f"{type(model).__name__} is fitted on maps: pass map_key=<fine map in sdata.images>. stgen.pp.rasterize(sdata, "
+            "bin_um=...) makes one from molecules or cells."
+        )
+    gathered = [_section(model, name, sdata, keys) for name, sdata in sections.items()]
+    known = sum(section.tissue.sum() for section in gathered)
+    largest = np.max([_largest(section) for section in gathered], 0)
+    empty = [gene for gene, top in zip(model.genes, largest, strict=True) if not top > 0]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} gene(s) have no counts on the training tissue: {', '.join(empty[:5])}. Leave them out."
+        )
+    record = {
+        "sections": list(sections),
+        "n_bins": int(known),
+        "map_key": keys.map_key,
+        "image_key": keys.image_key,
+        "low_res": keys.low_res,
+        **{k: v for k, v in provenance("tl.fit").items() if k == "version"},
+    }
+    return gathered, record
+
+
+def _section(model: MapModel, name: str, sdata: SpatialData, keys: MapKeys) -> MapSection:
+    """One section, checked against what the model takes."""
+    if not isinstance(sdata, SpatialData):
+        raise TypeError(f"maps are in SpatialData objects; section {name!r} is a {type(sdata).__name__}.")
+    config, element = model.config, get_map(sdata, keys.map_key, model.genes)
+    grid = Grid.of_map(sdata, keys.map_key)
+    if abs(grid.bin_um / config["bin_um"] - 1) > 0.01:
+        raise ValueError(
+            f"the map {keys.map_key!r} of section {name!r} has bins of {grid.bin_um:.4g} µm and the model is for "
+            f"{config['bin_um']:g} µm; construct it with bin_um={grid.bin_um:.4g}, or rasterize to its bins."
+        )
+    counts = element.data
+    if counts.nbytes <= IN_MEMORY:
+        counts = map_counts_checked(np.asarray(counts), f"the map {keys.map_key!r} of section {name!r}")
+    tissue = np.isfinite(np.asarray(counts[0]))
+    image = _no_image
+    if model.needs_image:
+        image_key = find_image(sdata, keys.image_key)
+        image = grid.image_window(sdata, image_key, px_per_bin=config["px_per_bin"])
+        if image.n_channels != config["image_channels"]:
+            raise ValueError(
+                f"the image {image_key!r} of section {name!r} has {image.n_channels} channels "
+                f"({', '.join(image.channels[:6])}) and the model takes {config['image_channels']}; construct it with "
+                f"image_channels={image.n_channels}."
+            )
+        if grid.overlap(sdata, image_key) <= 0:
+            raise ValueError(
+                f"the image {image_key!r} and the map {keys.map_key!r} of section {name!r} do not overlap. Correct the "
+                "transformation of one of them: spatialdata.transformations.set_transformation."
+            )
+        image = _kept(image, grid)
+    if keys.low_res is None:
+        measurement = pooled(counts, tissue, config["factor"])
+    else:
+        measurement = measurement_of(sdata, keys.low_res, grid, model.genes)
+        if measurement.shape == "square" and round(measurement.diameter) != config["factor"]:
+            raise ValueError(
+                f"the bins of {keys.low_res!r} of section {name!r} are {measurement.diameter:g} bins of the map wide and the "
+                f"model's factor is {config['factor']}; construct it with factor={round(measurement.diameter)}."
+            )
+    return MapSection(counts, image, measurement, tissue)
+
+
+def pooled(counts: Any, tissue: np.ndarray, factor: int) -> Measurement:
+    """The low-resolution data that a map gives when its own bins are summed over ``factor x factor`` blocks."""
+    n_genes, height, width = counts.shape
+    rows, columns = -(-height // factor), -(-width // factor)
+    beyond = (0, rows * factor - height), (0, columns * factor - width)
+
+    def sums(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, beyond).reshape(rows, factor, columns, factor).sum((1, 3))
+
+    area = sums(tissue.astype(np.float32))
+    low = np.stack([sums(np.nan_to_num(np.asarray(counts[g]))) for g in range(n_genes)])
+    return Measurement.from_map(low, factor, area)
+
+
+def _largest(section: MapSection) -> np.ndarray:
+    """Largest count of each gene, gene by gene so that a lazy map stays lazy."""
+    return np.array([np.nanmax(np.asarray(gene), initial=0) for gene in section.counts])
+
+
+def _no_image(y0: int, x0: int, height: int, width: int) -> np.ndarray:
+    """What stands for the histology of a model that takes none."""
+    return np.zeros((1, height, width), np.float32)
+
+
+def _kept(image: Callable[..., np.ndarray], grid: Grid) -> Callable[..., np.ndarray]:
+    """The same image, read once if it is small enough: tiles that overlap read it many times."""
+    px, margin = image.px_per_bin, 64
+    height, width = grid.height + 2 * margin, grid.width + 2 * margin
+    if image.n_channels * height * width * px**2 * 4 > IN_MEMORY:
+        return image
+    whole = np.empty((image.n_channels, height * px, width * px), np.float32)
+    for y in range(0, height, BLOCK):
+        for x in range(0, width, BLOCK):
+            part = whole[:, y * px : (y + BLOCK) * px, x * px : (x + BLOCK) * px]
+            part[:] = image(y - margin, x - margin, part.shape[1] // px, part.shape[2] // px)
+
+    def window(y0: int, x0: int, height: int, width: int) -> np.ndarray:
+        y, x = (y0 + margin) * px, (x0 + margin) * px
+        return whole[:, y : y + height * px, x : x + width * px]
+
+    return window
+
+
+def split_maps(
+    sections: list[MapSection], share: float, side: int, rng: np.random.Generator
+) -> tuple[list[MapSection], list[MapSection]]:
+    """Hold out about ``share`` of each section's tissue, in whole squares of ``side`` bins."""
+    if not 0 <= share < 0.9:
+        raise ValueError(f"`validation` must be a share in [0, 0.9), found {share}.")
+    train, held_out = [], []
+    for section in sections:
+        height, width = section.tissue.shape
+        rows, columns = -(-height // side), -(-width // side)
+        block = np.arange(rows).repeat(side)[:height, None] * columns + np.arange(columns).repeat(side)[:width]
+        known = np.bincount(block.ravel(), section.tissue.ravel(), rows * columns)
+        order = rng.permutation(np.flatnonzero(known))
+        n_held = int(np.searchsorted(known[order].cumsum(), share * known.sum())) + 1 if share and len(order) > 1 else 0
+        chosen = np.isin(block, order[: min(n_held, len(order) - 1)])
+        train.append(MapSection(section.counts, section.image, section.measurement, section.tissue & ~chosen))
+        held_out.append(MapSection(section.counts, section.image, section.measurement, section.tissue & chosen))
+    return train, held_out
+
+
+def cut_tiles(model: MapModel, sections: list[MapSection], tile: int, what: str, **options: Any) -> MapData:
+    """The tiles of some sections; an error if there are none."""
+    data = MapData(sections, tile=tile, transform=model.transform, kernel=model.kernel, **options)
+    if len(data) == 0:
+        sizes = ", ".join(f"{s.tissue.shape[0]} x {s.tissue.shape[1]} ({s.tissue.mean():.0%} tissue)" for s in sections)
+        raise ValueError(
+            f"no tile of {tile} x {tile} bins has enough {what} tissue; the maps are {sizes}. Pass a smaller tile=, a "
+            f"multiple of {model.align}, or more tissue."
+        )
+    return data

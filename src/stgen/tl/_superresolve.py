@@ -1,0 +1,345 @@
+"""Gene maps finer than what was measured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import ndimage
+from spatialdata import SpatialData
+
+from stgen import models
+from stgen._grid import Grid, ImageWindow, measurement_of
+from stgen._io import find_image, image_of, provenance, shallow_copy
+from stgen.measurement import Measurement
+from stgen.models import Model
+from stgen.pp._alignment import tissue_mask
+from stgen.tl._predict import _chosen
+from stgen.tl._result import MapResult, check_result_keys, check_store
+from stgen.tl._windows import Section, Tiling, sample_maps
+from stgen.train import check_device
+
+__all__ = ["superresolve"]
+
+logger = logging.getLogger("stgen")
+
+TISSUE_UM = 50.0  # how far from what is dark (or bright) tissue reaches, as pp.rasterize has it for molecules
+
+
+def superresolve(
+    sdata: SpatialData,
+    image_key: str | None = None,
+    genes: Sequence[str] | None = None,
+    *,
+    model: Model | str | Path,
+    low_res: str | None = None,
+    bin_um: float | None = None,
+    factor: int | None = None,
+    n_samples: int = 4,
+    steps: int = 25,
+    solver: Literal["dpm++", "ddim", "ddpm"] = "dpm++",
+    consistency: bool = True,
+    key_added: str = "superresolved",
+    keep_samples: bool = False,
+    tile: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    store: str | Path | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    copy: bool = False,
+    progress: bool = True,
+) -> SpatialData | None:
+    """Make gene maps at the model's resolution from histology and low-resolution expression, for a whole section.
+
+    The section is sampled window by window. All windows draw on one noise field and overlap by as much as the model
+    needs to see, so that the result depends on neither ``tile`` nor ``batch_size`` beyond a small tolerance, and shows
+    no seams.
+
+    Parameters
+    ----------
+    sdata
+        Object with the image and the low-resolution data, which share a coordinate system.
+    image_key
+        Histology image; ``None`` if there is one, or the model takes none.
+    genes
+        Which of the model's genes to write; all by default. The model always samples all of its genes.
+    model
+        A fitted model for maps, a folder that ``model.save`` wrote, or a Hugging Face Hub id.
+    low_res
+        The low-resolution data: a map in ``sdata.images`` whose bins are whole multiples of the model's
+        (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots.
+    bin_um
+        Side of the result's bins in µm, if you want it checked: it is the model's.
+    factor
+        How many times finer than the map ``low_res`` the result is, if you want it checked.
+    n_samples
+        Samples drawn of every map. A deterministic model gives one.
+    steps, solver
+        Sampler, see :meth:`stgen.diffusion.Diffusion.sample`.
+    consistency
+        Make samples and mean sum to what was measured in each low-resolution bin or spot. Estimates are scaled toward
+        it at every step of the sampler, and results at the end exactly.
+    key_added
+        Name of the result.
+    keep_samples
+        Also keep the samples.
+    tile
+        Side in bins of the squares in which the section is cut; by default the largest that takes a few GB of memory.
+    batch_size
+        Samples drawn at a time.
+    seed
+        Random seed.
+    store
+        Path of a new SpatialData store to which the result is streamed. Memory then does not grow with the section.
+    device
+        ``"cpu"``, ``"cuda"``, ...; by default the best there is.
+    overwrite
+        Replace results of the same name, and the store.
+    copy
+        Return a copy with the result and leave ``sdata`` alone.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    ``None``, or the copy. Written, float32 ``(c, y, x)`` in expected counts per bin, channels named after genes, NaN
+    outside tissue (where nothing was measured nearby; without ``low_res``, off the tissue that the image shows):
+
+    - ``sdata.images[key_added]``: mean of the samples, taken on the model's scale (log1p, say), where noise cancels, and
+      brought back to counts
+    - ``sdata.images[f"{key_added}_std"]``: standard deviation of the samples (``n_samples > 1``, stochastic models)
+    - ``sdata.images[f"{key_added}_samples"]``: samples, channels ``"<gene>:<number>"``, with ``keep_samples=True``
+    - ``sdata.attrs["stgen"][key]`` for each: function, model, weights' hash, inputs, unit, ``"bin_um"``, parameters,
+      seed, version
+
+    With ``store=``, these are in the store, and ``sdata`` refers to them there without loading them.
+
+    Raises
+    ------
+    KeyError
+        If an image, the low-resolution data or a gene is missing.
+    ValueError
+        If the model is not a fitted model for maps, or image, low-resolution data and model do not fit together, keys
+        or the store exist, or a parameter is impossible. Nothing is written then.
+
+    Examples
+    --------
+    >>> import stgen
+    >>> sdata = stgen.datasets.simulated_section(size_um=600)
+    >>> stgen.pp.rasterize(sdata, genes=["EPCAM", "COL1A1"])
+    >>> stgen.pp.degrade(sdata, map_key="counts", factor=5)
+    >>> model = stgen.models.Interpolate(["EPCAM", "COL1A1"], factor=5)  # or any model fitted with stgen.tl.fit
+    >>> stgen.tl.superresolve(sdata, model=model, low_res="counts_5x", progress=False)
+    >>> sdata.images["superresolved"].shape == sdata.images["counts"].shape
+    True
+    """
+    if not isinstance(sdata, SpatialData):
+        raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
+    for name, value, least in (("n_samples", n_samples, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
+    device = str(check_device(device))
+    model = _model_for_maps(model)
+    model.check_sampling(steps, solver)
+    genes = _genes(model, genes)
+    inputs = [key for key in (image_key, low_res) if key is not None]
+    check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
+    store = check_store(sdata, store, key_added, overwrite=overwrite)
+
+    grid, image_key = _grid(sdata, model, image_key, low_res, bin_um=bin_um, factor=factor)
+    image = _image(sdata, model, grid, image_key)
+    measurement = None if low_res is None else measurement_of(sdata, low_res, grid, model.genes)
+    section = Section(model, grid, image, measurement, _tissue(sdata, grid, image_key, measurement))
+    consistency = bool(consistency and measurement is not None)
+    n_samples = n_samples if model.stochastic else 1
+    tiling = Tiling.plan(section, tile, batch=min(batch_size, n_samples), consistency=consistency)
+
+    target = shallow_copy(sdata) if copy else sdata
+    entry = provenance(
+        "tl.superresolve", model=type(model).__name__, weights_sha256=model.weights_sha256(),
+        fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, genes=genes, unit="counts per bin",
+        bin_um=grid.bin_um, n_samples=n_samples, steps=steps if model.stochastic else None,
+        solver=solver if model.stochastic else None, consistency=consistency, tile=tiling.tile, seed=seed,
+    )  # fmt: skip
+    with MapResult(
+        grid, genes, n_samples, key_added, keep_samples=keep_samples, store=store, tile=tiling.tile
+    ) as result:
+        sample_maps(
+            section, tiling, result, n_samples=n_samples, batch_size=batch_size, steps=steps, solver=solver, seed=seed,
+            device=device, progress=progress,
+        )  # fmt: skip
+        keys = result.hand_over(target, entry)
+    logger.info(
+        "superresolved %d genes in %d x %d bins of %.4g µm into %s; %s.",
+        len(genes), grid.width, grid.height, grid.bin_um, " and ".join(f'sdata.images["{key}"]' for key in keys),
+        "sdata.write(path) saves it" if store is None else f"it is stored in {store}, which spatialdata.read_zarr reads",
+    )  # fmt: skip
+    return target if copy else None
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _model_for_maps(model: Any) -> Model:
+    """The model, loaded if need be; an error unless it is fitted and takes maps."""
+    if isinstance(model, str | Path):
+        model = models.load(model)
+    if not isinstance(model, Model):
+        raise TypeError(f"`model` must be a model, its folder or a Hub id, found {type(model).__name__}.")
+    name = type(model).__name__
+    if model.takes != "maps":
+        raise ValueError(
+            f"{name} predicts the expression of locations, not maps: call stgen.tl.predict_expression(sdata, model=...), "
+            "or pass a model for maps, such as stgen.models.DiffST."
+        )
+    if not model.fitted:
+        raise ValueError(f"this {name} has not been fitted; call stgen.tl.fit(model, sdata, map_key=...) first.")
+    return model
+
+
+def _genes(model: Model, genes: Sequence[str] | None) -> list[str]:
+    """The genes to write, each once and known to the model."""
+    genes = _chosen(model, [genes] if isinstance(genes, str) else genes)
+    if not genes or len(set(genes)) < len(genes):
+        raise ValueError(f"`genes` must name at least one gene, and each once; found {', '.join(genes) or 'none'}.")
+    return genes
+
+
+def _grid(
+    sdata: SpatialData,
+    model: Model,
+    image_key: str | None,
+    low_res: str | None,
+    *,
+    bin_um: float | None,
+    factor: int | None,
+) -> tuple[Grid, str | None]:
+    """The bins of the result, and the key of the image if one is needed."""
+    wanted = model.config["bin_um"]
+    if bin_um is not None and not abs(bin_um / wanted - 1) <= 0.01:
+        raise ValueError(
+            f"the model was fitted for bins of {wanted:g} µm, found bin_um={bin_um!r}. Leave bin_um out, or fit a model "
+            "on a map of that resolution: stgen.pp.rasterize(sdata, bin_um=...)."
+        )
+    if low_res is None and model.needs_low_res:
+        raise ValueError(
+            f"{type(model).__name__} was fitted with low-resolution expression and needs it: pass low_res=<a map in "
+            f"sdata.images or a table of spots in sdata.tables>; found the images {_named(sdata.images)} and the tables "
+            f"{_named(sdata.tables)}."
+        )
+    if low_res is not None and low_res not in sdata.images and low_res not in sdata.tables:
+        raise KeyError(
+            f"There is no low-resolution map or table {low_res!r}; found the images {_named(sdata.images)} and the "
+            f"tables {_named(sdata.tables)}."
+        )
+    is_map = low_res is not None and low_res in sdata.images
+    if image_key is not None or model.needs_image or not is_map:
+        image_key = find_image(sdata, image_key)
+    if not is_map:
+        if factor is not None:
+            raise ValueError(
+                f"`factor` counts bins along the side of a low-resolution bin, and low_res={low_res!r} is not a map. "
+                "Leave it out."
+            )
+        return Grid.of_image(sdata, image_key, bin_um=bin_um or wanted), image_key
+    low = Grid.of_map(sdata, low_res)
+    found = max(1, round(low.bin_um / wanted))
+    if abs(low.bin_um / found / wanted - 1) > 0.01:
+        raise ValueError(
+            f"the bins of {low_res!r} are {low.bin_um:.4g} µm, {low.bin_um / wanted:.4g} times the model's {wanted:g} µm; "
+            "it must be a whole number of times. Make it with stgen.pp.degrade from a map of the model's bin_um."
+        )
+    if factor not in (None, found):
+        raise ValueError(
+            f"factor={factor!r} does not fit: the bins of {low_res!r} are {low.bin_um:.4g} µm, {found} times the model's "
+            f"{wanted:g} µm. Leave factor out, or degrade the map by {factor!r}: stgen.pp.degrade(sdata, map_key=..., "
+            f"factor={factor!r})."
+        )
+    if model.needs_low_res and found != model.config["factor"]:
+        raise ValueError(
+            f"the model was fitted to sharpen maps {model.config['factor']} times, and the bins of {low_res!r} are {found} "
+            "times its own. Use a model fitted for this factor, or a map of that one: stgen.pp.degrade."
+        )
+    grid = low.refined(found)
+    entry = sdata.attrs.get("stgen", {}).get(low_res, {})
+    if entry.get("factor") == found:  # of pp.degrade: the blocks at the lower and right edge may reach out of the map
+        height, width = (
+            min(n, entry.get(f"fine_{name}", n)) for name, n in (("height", grid.height), ("width", grid.width))
+        )
+        grid = replace(grid, height=int(height), width=int(width))
+    return grid, image_key
+
+
+def _image(sdata: SpatialData, model: Model, grid: Grid, image_key: str | None) -> ImageWindow | None:
+    """A reader of the image on the grid, if the model takes one and it fits."""
+    if not model.needs_image:
+        return None
+    image = grid.image_window(sdata, image_key, px_per_bin=model.config["px_per_bin"])
+    expected = model.config["image_channels"]
+    if image.n_channels != expected:
+        raise ValueError(
+            f"the model was fitted on images of {expected} channels, and {image_key!r} has {image.n_channels} "
+            f"({_named(image.channels)}). Name another image_key=."
+        )
+    covered = grid.overlap(sdata, image_key)
+    if covered <= 0:
+        system = grid.shared_system(sdata, image_key)
+        raise ValueError(
+            f"the image {image_key!r} and the low-resolution map do not overlap in the coordinate system {system!r}. "
+            "Correct the transformation of one of them: spatialdata.transformations.set_transformation."
+        )
+    if covered < 0.9:
+        logger.warning(
+            "the image %r covers %.0f %% of the map; beyond it, its edge is repeated.", image_key, 100 * covered
+        )
+    return image
+
+
+def _tissue(
+    sdata: SpatialData, grid: Grid, image_key: str | None, measurement: Measurement | None, block: int = 512
+) -> np.ndarray:
+    """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue."""
+    tissue = np.zeros((grid.height, grid.width), bool)
+    if measurement is None:
+        tissue[:] = _tissue_of_image(sdata, grid, image_key)
+    elif measurement.shape == "square":
+        side = int(measurement.diameter)
+        for y, x in (measurement.centers // side).astype(int) * side:
+            tissue[y : y + side, x : x + side] = True
+    else:
+        where = measurement.with_counts(np.empty((len(measurement), 0)))
+        for y in range(0, grid.height, block):
+            for x in range(0, grid.width, block):
+                part = tissue[y : y + block, x : x + block]
+                part[:] = where.interpolate(y, x, *part.shape)[1][0] > 0
+    if not tissue.any():
+        where = f"the image {image_key!r}" if measurement is None else "the low-resolution data"
+        raise ValueError(
+            f"there is no tissue: {where} is empty everywhere on the grid of {grid.width} x {grid.height} bins. Check "
+            "that it is the right element and that its transformation is right."
+        )
+    return tissue
+
+
+def _tissue_of_image(sdata: SpatialData, grid: Grid, image_key: str) -> np.ndarray:
+    """Bins within 50 µm of tissue; all, where the whole image looks alike."""
+    image = image_of(sdata, image_key)
+    mask, pixel = tissue_mask(image)
+    if mask.mean() > 0.97:
+        return np.ones((grid.height, grid.width), bool)
+    if mask.any():
+        mask = ndimage.distance_transform_edt(~mask) * pixel * image.mpp <= TISSUE_UM
+    rows, columns = (
+        np.minimum(((np.arange(n) + 0.5) * grid.bin_um / image.mpp / pixel).astype(int), size - 1)
+        for n, size in zip((grid.height, grid.width), mask.shape, strict=True)
+    )
+    return mask[np.ix_(rows, columns)]
+
+
+def _named(keys: Sequence[str]) -> str:
+    return ", ".join(map(repr, keys)) or "none"
