@@ -121,7 +121,7 @@ def constant(name: str, scale: str) -> None:
     if name == "mean":
         maps = [np.asarray(part(k, scale).images["true_map"]) for k in ("train_top", "train_bottom")]
         value = np.expm1(np.concatenate([np.log1p(m).reshape(len(m), -1) for m in maps], 1).mean(1))
-    test.images["result"] = test.images["true_map"] * 0 + value[:, None, None].astype(np.float32)
+    test.images["constant"] = test.images["true_map"] * 0 + value[:, None, None].astype(np.float32)
 
 
 def run(scale: str, name: str, seed: int, *, consistency: bool, label: str | None = None, fit: dict, **options) -> None:
@@ -160,8 +160,6 @@ def run(scale: str, name: str, seed: int, *, consistency: bool, label: str | Non
             "steps_taken": (model.record["history"].get("step") or [0])[-1],
         }
     else:
-        for key in ("result_std", "result_samples"):
-            test.images.pop(key, None)
         constant(name, scale)
     scores = tl.evaluate(
         test,

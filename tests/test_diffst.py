@@ -353,11 +353,18 @@ def test_both_modalities_go_through_the_same_convolutions():
     torch.testing.assert_close(unique, module.unique(f) * module.unique(f).sigmoid())
 
 
-def test_condition_is_shared_mean_and_both_unique():
-    model = diffst()
+def image_features(model, batch):
+    """Those of a model without hierarchy."""
+    return model.tissue[1](model.tissue[0](model.image_scale(batch["h"])))
+
+
+def test_condition_is_the_image_with_shared_mean_and_both_unique():
+    model = diffst(modulation=False, hierarchy=False)
     batch = inputs(model)
+    f_h = image_features(model, batch)
     features, (s_y, s_h, u_y, u_h) = model.encode(batch)
-    torch.testing.assert_close(features, model.fuse(torch.cat([(s_y + s_h) / 2, u_h, u_y], 1)))
+    torch.testing.assert_close(features, f_h + model.fuse(torch.cat([(s_y + s_h) / 2, u_h, u_y], 1)))
+    assert all(map(torch.equal, model.disentangling(f_h), (s_h, u_h)))
     assert diffst(disentangle=False).encode(batch)[1] is None
 
 
@@ -506,9 +513,8 @@ def test_without_modulation_features_are_only_concatenated():
     model = diffst(modulation=False, disentangle=False, hierarchy=False)
     batch = inputs(model)
     y = torch.cat([batch["y"] / model.gene_scale.of(batch["y"]), batch["valid"]], 1)
-    f_h = model.tissue[1](model.tissue[0](model.image_scale(batch["h"])))
-    f_y = model.spots[1](model.spots[0](y))
-    torch.testing.assert_close(model.encode(batch)[0], model.fuse(torch.cat([f_h, f_y], 1)))
+    f_h, f_y = image_features(model, batch), model.spots[1](model.spots[0](y))
+    torch.testing.assert_close(model.encode(batch)[0], f_h + model.fuse(torch.cat([f_h, f_y], 1)))
 
 
 # ---- how it starts --------------------------------------------------------------------------------------------------

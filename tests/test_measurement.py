@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from shapely import Point, box
 
 from stgen.data import dihedral
-from stgen.measurement import Consistency, Measurement
+from stgen.measurement import MOST_SCALED, Consistency, Measurement
 
 KERNELS = ["gaussian", "nearest", "linear", "cubic"]
 
@@ -84,6 +84,16 @@ def test_coverage_moves_with_the_window(shape):
     part = measurement.coverage(-2, 5, 14, 9)[1].toarray().reshape(14, 9)
     np.testing.assert_array_equal(part[2:], whole[:12, 5:14])
     np.testing.assert_array_equal(part[:2], 0)
+
+
+@pytest.mark.parametrize("shape", ["square", "disc"])
+def test_many_footprints_are_taken_some_at_a_time(shape, monkeypatch):
+    centers = np.random.default_rng(0).uniform(3, 27, (20, 2))
+    measurement = Measurement(np.zeros((20, 1)), centers, 4.5, shape, np.ones(20))
+    rows, covered = measurement.coverage(0, 0, 30, 30)
+    monkeypatch.setattr("stgen.measurement.AT_A_TIME", 7)
+    np.testing.assert_array_equal(measurement.coverage(0, 0, 30, 30)[0], rows)
+    np.testing.assert_array_equal(measurement.coverage(0, 0, 30, 30)[1].toarray(), covered.toarray())
 
 
 def test_pooling_sums_the_covered_shares():
@@ -427,6 +437,27 @@ def test_each_window_agrees_as_the_whole_does():
     whole = Consistency(measurement, 0, 0, SIDE, SIDE)(prediction())
     part = Consistency(measurement, 6, 12, 12, 12)(prediction()[:, :, 6:18, 12:])
     torch.testing.assert_close(part, whole[:, :, 6:18, 12:])
+
+
+@pytest.mark.parametrize("kind", ["squares", "discs"])
+def test_on_the_way_estimates_are_scaled_toward_the_measurement(kind):
+    """Once, at most a few times up or down, and with their negative bins."""
+    measurement = measured(kind)
+    agree = Consistency(measurement, 0, 0, SIDE, SIDE)
+    counts = prediction(n_samples=3) * torch.tensor([0.05, 1.0, 50.0])[:, None, None, None]
+    counts[:, :, ::5, ::3] *= -0.1
+    x = agree.toward(counts)
+    before, after = pooled(measurement, counts), pooled(measurement, x)
+    assert (before > 0).all()
+    nearest = np.clip(measurement.counts, before / MOST_SCALED, before * MOST_SCALED)
+    np.testing.assert_allclose(after, nearest, rtol=1e-3)
+    assert (x.sign() == counts.sign()).all()
+    outside = measurement.coverage(0, 0, SIDE, SIDE)[1].sum(0).reshape(SIDE, SIDE) == 0
+    assert torch.equal(x[:, :, outside], counts[:, :, outside])
+    agreed = agree(prediction())
+    torch.testing.assert_close(agree.toward(agreed), agreed, rtol=1e-3, atol=1e-4)
+    cut = Consistency(measurement, 30, 30, SIDE, SIDE)  # a window without a footprint
+    assert torch.equal(cut.toward(counts), counts)
 
 
 @pytest.mark.parametrize("kind", PLACES)

@@ -345,6 +345,8 @@ def _measured_bins(
                 f"labels['{low_res}_area'] has the shape {area.shape}, the map {low_res!r} {low.shape[1:]}; run "
                 "stgen.pp.degrade(..., overwrite=True) again."
             )
+        pooled = sdata.attrs.get("stgen", {}).get(low_res, {}).get("factor", factor)
+        area = area * (factor / pooled) ** 2  # counted in bins of the map that was pooled, which may not be the grid's
     values = map_counts_checked(low.data, f"The map {low_res!r}")
     measurement = Measurement.from_map(values, factor, area)
     return replace(measurement, centers=measurement.centers + offset)

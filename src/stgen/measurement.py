@@ -34,6 +34,7 @@ KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of the distance al
 REACH = 3.0  # pitches beyond which a footprint does not count: the kernel is 1e-10 there
 SUBBINS = 8  # points per side of a bin that decide how much of it a disc covers
 FLOOR = 1e-6  # of the measured density: what a footprint without any prediction is filled from
+AT_A_TIME = 4096  # footprints
 MAX_SWEEPS = 100
 MOST_SCALED = 3.0
 TOLERANCE = 1e-4
@@ -143,7 +144,10 @@ class Measurement:
         return rows, self._covered(rows, y0, x0, height, width)
 
     def _covered(self, rows: np.ndarray, y0: int, x0: int, height: int, width: int) -> sparse.csr_array:
-        """Shares of the window's bins that some footprints cover."""
+        """Shares of the window's bins that some footprints cover, some thousand footprints at a time."""
+        if len(rows) > AT_A_TIME:
+            batches = np.array_split(rows, -(-len(rows) // AT_A_TIME))
+            return sparse.vstack([self._covered(batch, y0, x0, height, width) for batch in batches], format="csr")
         n_side = int(np.ceil(self.diameter)) + 1
         corner = np.floor(self.centers[rows] - self.diameter / 2 + 1e-9).astype(int)  # (n, 2)
         bins = corner[:, :, None] + np.arange(n_side)  # (n, 2, side): bins along y and along x

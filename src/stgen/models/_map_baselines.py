@@ -235,6 +235,7 @@ class RegressionUNet(SteppedModel, PointMapModel):
     def predict(self, batch: Batch) -> Tensor:
         """Map on the scale ``transform``, shape ``(B, G, H, W)``."""
         inputs = [self.stem(self.image_scale(batch["h"]))]
+        self.check_window(*inputs[0].shape[2:])
         if self.config["use_low_res"]:
             inputs += [batch["y"] / self.gene_scale.of(batch["y"]), batch["valid"]]
         x = self.unet(torch.cat(inputs, 1))

@@ -1,0 +1,132 @@
+"""Whole slides: memory of streaming to a store as the image grows, and how little the result depends on the tiles.
+
+    python benchmarks/whole_slide.py memory 10000     # H&E of 10,000 x 10,000 px, 200 genes, to a zarr store
+    python benchmarks/whole_slide.py memory 20000
+    python benchmarks/whole_slide.py tiles runs/P4-10x-DiffST-0 --out tiles.png
+
+``memory`` makes a blank slide of that size on disk (0.5 µm per pixel, read lazily) with random low-resolution counts, and an
+unfitted Diff-ST: what is measured is memory and time. ``tiles`` samples the pancreas section with fitted weights in one
+window and cut into 4 and 16, and draws the largest difference and what crosses a border.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import dask.array as da
+import matplotlib as mpl
+import numpy as np
+import torch
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import Scale
+
+from stgen import models, tl
+
+RESULTS = Path(__file__).parent / "results"
+MPP, BIN_UM, FACTOR, N_GENES = 0.5, 10.0, 10, 200
+
+
+def memory(side_px: int, steps: int) -> None:
+    """Peak memory of super-resolving a slide of ``side_px`` x ``side_px`` pixels into a store."""
+    genes = [f"gene {i}" for i in range(N_GENES)]
+    low_px = int(side_px * MPP / (BIN_UM * FACTOR))
+    counts = np.random.default_rng(0).poisson(20.0, (N_GENES, low_px, low_px)).astype(np.float32)
+
+    def scale(um: float) -> dict:
+        return {"um": Scale([um, um], axes=("x", "y"))}
+
+    with tempfile.TemporaryDirectory() as folder:
+        pixels = da.random.default_rng(0).integers(0, 255, (3, side_px, side_px), dtype=np.uint8, chunks=(3, 2048, 2048))
+        image = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations=scale(MPP))
+        SpatialData(images={"he": image}).write(Path(folder) / "slide.zarr")
+        sdata = SpatialData.read(Path(folder) / "slide.zarr")
+        sdata.images["low"] = Image2DModel.parse(
+            counts, dims=("c", "y", "x"), c_coords=genes, transformations=scale(BIN_UM * FACTOR)
+        )
+        model = models.DiffST(genes)
+        model.record = {"sections": []}  # memory and time do not ask for training
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        start = time.perf_counter()
+        tl.superresolve(
+            sdata, "he", model=model, low_res="low", n_samples=2, steps=steps, store=Path(folder) / "out.zarr", progress=False
+        )
+        content = {
+            "side_px": side_px, "bins": low_px * FACTOR, "genes": N_GENES, "n_samples": 2, "steps": steps,
+            "threads": torch.get_num_threads(), "seconds": time.perf_counter() - start, "before_mb": before,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"whole-slide-{side_px}.json").write_text(json.dumps(content, indent=1))
+    print(content)
+
+
+def tiles(folder: str, out: Path, steps: int) -> None:
+    """The same section in one window, in 4 and in 16, with trained weights."""
+    import matplotlib.pyplot as plt
+    from superresolution import COMMON, ROWS, SCALES, genes, part
+
+    mpl.use("Agg")
+    ROWS["whole"] = (0, 2920)
+    assert COMMON and SCALES
+    section, model = part("whole", "10x"), models.load(folder)
+    maps, seconds = {}, {}
+    for tile in (640, 320, 160):
+        for batch_size in (1, 2) if tile == 320 else (2,):
+            start = time.perf_counter()
+            done = tl.superresolve(
+                section, "stains", model=model, low_res="low", tile=tile, n_samples=2, steps=steps, batch_size=batch_size,
+                consistency=True, copy=True, progress=False,
+            )  # fmt: skip
+            maps[tile, batch_size] = np.asarray(done.images["superresolved"])
+            seconds[tile, batch_size] = time.perf_counter() - start
+    whole = maps[640, 2]
+    content = {"steps": steps, "std": float(np.nanmean(np.nanstd(whole, (1, 2))))}
+    for (tile, batch_size), values in maps.items():
+        difference = np.abs(np.log1p(values) - np.log1p(whole))
+        content[f"tile {tile}, batch {batch_size}"] = {
+            "largest": float(np.nanmax(difference)), "99.9 %": float(np.nanquantile(difference, 0.999)),
+            "rms": float(np.sqrt(np.nanmean(difference**2))), "seconds": seconds[tile, batch_size],
+        }  # fmt: skip
+    (RESULTS / "tiles.json").write_text(json.dumps(content, indent=1))
+    print(json.dumps(content, indent=1))
+    gene = genes()[1]
+    i = 1
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    y, x = slice(110, 210), slice(110, 210)
+    top = np.nanquantile(whole[i, y, x], 0.99)
+    for ax, (label, values) in zip(
+        axes, [("one window", whole), ("cut at bin 160 (lines outside)", maps[160, 2]), ("difference", maps[160, 2] - whole)],
+        strict=True,
+    ):  # fmt: skip
+        limits = {"vmin": -top / 20, "vmax": top / 20, "cmap": "RdBu_r"} if label == "difference" else {"vmin": 0, "vmax": top}
+        drawn = ax.imshow(values[i, y, x], extent=(x.start, x.stop, y.stop, y.start), **limits)
+        ax.set_title(f"{gene}: {label}")
+        for line in (160,):
+            ax.plot([line, line], [y.start - 3, y.start], color="k", clip_on=False)
+            ax.plot([x.start - 3, x.start], [line, line], color="k", clip_on=False)
+        figure.colorbar(drawn, ax=ax, shrink=0.8, label="counts per 10 µm bin")
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["memory", "tiles"])
+    parser.add_argument("argument", help="side of the slide in pixels, or folder of a fitted model")
+    parser.add_argument("--steps", type=int, default=None, help="sampling steps: 2 for memory, 25 for tiles")
+    parser.add_argument("--out", type=Path, default=Path("tiles.png"))
+    arguments = parser.parse_args()
+    if arguments.what == "memory":
+        memory(int(arguments.argument), arguments.steps or 2)
+    else:
+        tiles(arguments.argument, arguments.out, arguments.steps or 25)
+
+
+if __name__ == "__main__":
+    main()
