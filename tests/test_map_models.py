@@ -399,6 +399,15 @@ def test_regression_starts_at_zero_and_is_trained_on_known_bins(data):
     torch.testing.assert_close(model.loss(batch)["loss"], scaled[:, known].square().mean())
 
 
+def test_regression_refuses_windows_that_are_not_aligned():
+    model = RegressionUNet(GENES, widths=[8, 8], px_per_bin=1)
+    batch = {"h": torch.rand(1, 3, 8, 7), "y": torch.rand(1, 2, 8, 7), "valid": torch.ones(1, 1, 8, 7)}
+    with pytest.raises(
+        ValueError, match="RegressionUNet takes windows whose sides are multiples of 2 bins, found 8 x 7"
+    ):
+        model.predict(batch)
+
+
 def test_regression_learns(data):
     model = RegressionUNet(GENES, widths=[8, 8], px_per_bin=PX)
     history = model.fit(data, steps=30, batch_size=4, evaluate_every=10, progress=False, device="cpu")

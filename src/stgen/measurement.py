@@ -33,7 +33,7 @@ KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of the distance al
 }
 REACH = 3.0  # pitches beyond which a footprint does not count: the kernel is 1e-10 there
 SUBBINS = 8  # points per side of a bin that decide how much of it a disc covers
-FLOOR = 1e-6  # of the measured density: what a footprint without any prediction is filled from
+NOTHING = 1e-6  # of what was measured: a footprint with less of a prediction has none
 AT_A_TIME = 4096  # footprints
 MAX_SWEEPS = 100
 MOST_SCALED = 3.0
@@ -259,18 +259,16 @@ class Consistency:
         rows, covered = rows[seen], covered[seen]
         per_bin = np.asarray(covered.sum(0)).ravel()
         share = covered.multiply(1 / np.maximum(per_bin, 1e-12)[None]).T
-        spread = measurement.counts[rows] / covered.sum(1)[:, None]
         self.rows = rows
         self.pool = _torch(covered)  # (n, P)
         self.share = _torch(share)  # (P, n), rows sum to 1 where a footprint covers the bin
         self.target = torch.as_tensor(np.asarray(measurement.counts[rows], np.float32))
         self.outside = torch.as_tensor(per_bin == 0)
-        self.floor = torch.as_tensor(np.asarray(FLOOR * (share @ spread), np.float32))
         self.disjoint = bool(np.diff(covered.tocsc().indptr).max(initial=0) <= 1)
 
     def to(self, device: torch.device | str) -> Consistency:
         """Move to a device."""
-        for name in ("pool", "share", "target", "outside", "floor"):
+        for name in ("pool", "share", "target", "outside"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -294,9 +292,11 @@ class Consistency:
         if len(self.rows) == 0:
             return counts.clamp(min=0)
         n_samples, n_genes = counts.shape[:2]
-        x = counts.clamp(min=0).flatten(2).permute(2, 0, 1) + self.floor[:, None]  # (P, S, G)
-        x = x.flatten(1)
+        x = counts.clamp(min=0).flatten(2).permute(2, 0, 1).flatten(1)  # (P, S G)
         target = self.target.repeat(1, n_samples)
+        empty = (self.pool @ x <= NOTHING * target) & (target > 0)
+        if empty.any():
+            x = x + self.share @ torch.where(empty, target, torch.zeros_like(target))
         for _ in range(1 if self.disjoint else MAX_SWEEPS):
             pooled = self.pool @ x
             if not self.disjoint and ((pooled - target).abs() <= TOLERANCE * target).all():
