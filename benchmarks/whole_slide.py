@@ -42,7 +42,9 @@ def memory(side_px: int, steps: int) -> None:
         return {"um": Scale([um, um], axes=("x", "y"))}
 
     with tempfile.TemporaryDirectory() as folder:
-        pixels = da.random.default_rng(0).integers(0, 255, (3, side_px, side_px), dtype=np.uint8, chunks=(3, 2048, 2048))
+        pixels = da.random.default_rng(0).integers(
+            0, 255, (3, side_px, side_px), dtype=np.uint8, chunks=(3, 2048, 2048)
+        )
         image = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations=scale(MPP))
         SpatialData(images={"he": image}).write(Path(folder) / "slide.zarr")
         sdata = SpatialData.read(Path(folder) / "slide.zarr")
@@ -54,7 +56,14 @@ def memory(side_px: int, steps: int) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         start = time.perf_counter()
         tl.superresolve(
-            sdata, "he", model=model, low_res="low", n_samples=2, steps=steps, store=Path(folder) / "out.zarr", progress=False
+            sdata,
+            "he",
+            model=model,
+            low_res="low",
+            n_samples=2,
+            steps=steps,
+            store=Path(folder) / "out.zarr",
+            progress=False,
         )
         content = {
             "side_px": side_px, "bins": low_px * FACTOR, "genes": N_GENES, "n_samples": 2, "steps": steps,
@@ -69,11 +78,10 @@ def memory(side_px: int, steps: int) -> None:
 def tiles(folder: str, out: Path, steps: int) -> None:
     """The same section in one window, in 4 and in 16, with trained weights."""
     import matplotlib.pyplot as plt
-    from superresolution import COMMON, ROWS, SCALES, genes, part
+    from superresolution import ROWS, genes, part
 
     mpl.use("Agg")
     ROWS["whole"] = (0, 2920)
-    assert COMMON and SCALES
     section, model = part("whole", "10x"), models.load(folder)
     maps, seconds = {}, {}
     for tile in (640, 320, 160):
@@ -104,7 +112,11 @@ def tiles(folder: str, out: Path, steps: int) -> None:
         axes, [("one window", whole), ("cut at bin 160 (lines outside)", maps[160, 2]), ("difference", maps[160, 2] - whole)],
         strict=True,
     ):  # fmt: skip
-        limits = {"vmin": -top / 20, "vmax": top / 20, "cmap": "RdBu_r"} if label == "difference" else {"vmin": 0, "vmax": top}
+        limits = (
+            {"vmin": -top / 20, "vmax": top / 20, "cmap": "RdBu_r"}
+            if label == "difference"
+            else {"vmin": 0, "vmax": top}
+        )
         drawn = ax.imshow(values[i, y, x], extent=(x.start, x.stop, y.stop, y.start), **limits)
         ax.set_title(f"{gene}: {label}")
         for line in (160,):

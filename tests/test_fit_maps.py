@@ -189,8 +189,8 @@ def split(shape, share, side=16):
     return train[0].tissue, held_out[0].tissue
 
 
-def test_section_of_one_block_cannot_be_split():
-    train, held_out = split((16, 16), 0.3)
+def test_a_quarter_is_too_much_for_a_tenth():
+    train, held_out = split((16, 16), 0.1)
     assert train.all()
     assert not held_out.any()
 
@@ -199,9 +199,20 @@ def test_section_of_one_block_cannot_be_split():
 def test_held_out_are_whole_blocks_of_about_the_share(share):
     train, held_out = split((70, 90), share)
     assert (train ^ held_out).all()
-    blocks = [held_out[i : i + 16, j : j + 16] for i in range(0, 70, 16) for j in range(0, 90, 16)]
+    rows, columns = (np.flatnonzero(np.diff(np.arange(n) * k // n)) + 1 for n, k in ((70, 5), (90, 6)))
+    blocks = [block for row in np.split(held_out, rows) for block in np.split(row, columns, 1)]
     assert all(block.all() or not block.any() for block in blocks)
     assert share <= held_out.mean() <= (share + 0.05 if share else 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_split_leaves_enough_to_train_on(seed):
+    section = MapSection(
+        np.ones((1, 70, 70)), None, Measurement.from_map(np.ones((1, 1, 1)), 4), np.ones((70, 70), bool)
+    )
+    train, held_out = split_maps([section], 0.125, 64, np.random.default_rng(seed))
+    assert train[0].tissue.mean() >= 0.7
+    assert held_out[0].tissue.mean() <= 0.3
 
 
 # ---- low-resolution data --------------------------------------------------------------------------------------------

@@ -60,6 +60,12 @@ class Diffusion:
     prediction: Prediction = "epsilon"
     learned_variance: bool = False
 
+    def __post_init__(self) -> None:
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(
+                f"`prediction` must be one of {', '.join(map(repr, get_args(Prediction)))}, found {self.prediction!r}."
+            )
+
     # ---- forward process ---------------------------------------------------------------------------------------
 
     @cached_property

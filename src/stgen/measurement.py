@@ -35,6 +35,7 @@ REACH = 3.0  # pitches beyond which a footprint does not count: the kernel is 1e
 SUBBINS = 8  # points per side of a bin that decide how much of it a disc covers
 NOTHING = 1e-6  # of what was measured: a footprint with less of a prediction has none
 AT_A_TIME = 4096  # footprints
+MOST_VALUES = 2e7  # in an intermediate array
 MAX_SWEEPS = 100
 MOST_SCALED = 3.0
 TOLERANCE = 1e-4
@@ -126,6 +127,15 @@ class Measurement:
         """The same footprints with other counts, shape ``(n, G)``."""
         return Measurement(np.asarray(counts, np.float32), self.centers, self.diameter, self.shape, self.area)
 
+    @cached_property
+    def blocks(self) -> int | None:
+        """Side in bins, if all footprints are whole blocks of the grid at multiples of their side; else ``None``."""
+        side = round(self.diameter)
+        if self.shape != "square" or side < 1 or abs(self.diameter - side) > 1e-3:
+            return None
+        corners = (self.centers - side / 2) / side
+        return side if np.abs(corners - np.round(corners)).max(initial=0) * side <= 1e-3 else None
+
     def near(self, y0: float, x0: float, height: float, width: float, margin: float) -> np.ndarray:
         """Rows of the footprints whose centers lie in a window or at most ``margin`` bins beside it."""
         y, x = self.centers.T
@@ -216,8 +226,20 @@ class Measurement:
         valid = smooth[0] @ smooth[1].T >= KERNELS["gaussian"](1.0)
         along_y, along_x = smooth if kernel == "gaussian" else [KERNELS[kernel](d) for d in distance]
         weight = (along_y * self.area[near]) @ along_x.T
-        summed = (self.counts[near].T[:, None, :] * along_y.astype(np.float32)) @ along_x.astype(np.float32).T
+        along_y, along_x = along_y.astype(np.float32), along_x.astype(np.float32)
+        at_a_time = max(1, int(MOST_VALUES / max(1, height * len(near))))
+        summed = np.concatenate(
+            [
+                (self.counts[near, g : g + at_a_time].T[:, None, :] * along_y) @ along_x.T
+                for g in range(0, self.counts.shape[1], at_a_time)
+            ]
+            or [np.zeros((0, height, width), np.float32)]
+        )
         density = np.where(valid & (weight > 1e-9), summed / np.maximum(weight, 1e-9), 0)
+        if kernel == "cubic":  # of an incomplete lattice, its negative lobes leave next to nothing to divide by
+            complete = weight > 0.5 * ((np.abs(along_y) * self.area[near]) @ np.abs(along_x).T)
+            if not complete[valid].all():
+                density = np.where(complete, density, self.interpolate(y0, x0, height, width)[0])
         return np.maximum(density, 0).astype(np.float32), valid[None].astype(np.float32)
 
 
@@ -236,7 +258,8 @@ class Consistency:
     y0, x0, height, width
         The window, in bins.
     tissue
-        Which of its bins are tissue, shape ``(height, width)``; what was measured lies there. All by default.
+        Which of its bins are tissue, shape ``(height, width)``; what was measured lies there. All by default. Of a square
+        that was measured in part, and it is not known in which, all tissue gets the density that was measured.
 
     Examples
     --------
@@ -262,7 +285,10 @@ class Consistency:
         self.rows = rows
         self.pool = _torch(covered)  # (n, P)
         self.share = _torch(share)  # (P, n), rows sum to 1 where a footprint covers the bin
-        self.target = torch.as_tensor(np.asarray(measurement.counts[rows], np.float32))
+        in_tissue = np.ones(len(rows))
+        if measurement.shape == "square":
+            in_tissue = np.maximum(covered.sum(1) / np.maximum(measurement.area[rows], 1e-6), 1)
+        self.target = torch.as_tensor(np.asarray(measurement.counts[rows] * in_tissue[:, None], np.float32))
         self.outside = torch.as_tensor(per_bin == 0)
         self.disjoint = bool(np.diff(covered.tocsc().indptr).max(initial=0) <= 1)
 
@@ -282,8 +308,9 @@ class Consistency:
             return counts
         x = counts.flatten(2).permute(2, 0, 1).flatten(1)
         target = self.target.repeat(1, len(counts))
-        pooled = (self.pool @ x).clamp(min=1e-6)
-        ratio = (target / pooled).clamp(1 / MOST_SCALED, MOST_SCALED)
+        pooled = self.pool @ x
+        ratio = (target / pooled.clamp(min=1e-6)).clamp(1 / MOST_SCALED, MOST_SCALED)
+        ratio = torch.where(pooled > 0, ratio, torch.ones_like(ratio))  # less than nothing cannot be scaled to anything
         x = x * torch.where(self.outside[:, None], 1.0, self.share @ ratio)
         return x.unflatten(1, counts.shape[:2]).permute(1, 2, 0).unflatten(2, counts.shape[2:])
 

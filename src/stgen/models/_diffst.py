@@ -155,21 +155,26 @@ class DiffST(MapDiffusionModel):
             k: list(chosen[k]) if isinstance(chosen[k], Sequence) and k != "scale" and k != "prediction" else chosen[k]
             for k in given
         }
+        if px_per_bin is None and chosen["px_um"]:
+            px_per_bin = max(1, round(bin_um / chosen["px_um"]))
         super().__init__(
             genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels,
-            px_per_bin=px_per_bin or chosen["px_um"] and max(1, round(bin_um / chosen["px_um"])), transform=transform,
+            px_per_bin=px_per_bin, transform=transform,
             preset=preset, modulation=modulation, graph=graph, hierarchy=hierarchy, disentangle=disentangle,
             curriculum=curriculum, alpha=alpha, disentangling_weight=disentangling_weight,
             learned_variance=learned_variance, **options,
         )  # fmt: skip
         c = self.config
         n_genes, d = len(self.genes), c["width"]
-        patch = max(1, round(PATCH_UM / bin_um))
+        patch = 2 ** max(0, round(math.log2(PATCH_UM / bin_um)))  # a power of two: `align` stays small
         node = chosen["node"] or factor
         self.fixed_tile = chosen["fixed_tile"]
-        self.align = round(TILE_UM / bin_um) if self.fixed_tile else math.lcm(
-            2 ** (len(c["widths"]) - 1), patch if hierarchy else 1, c["region"] if modulation else 1, node if graph else 1
+        self.align = math.lcm(
+            2 ** (len(c["widths"]) - 1), patch if hierarchy else 1, c["region"] if modulation else 1,
+            node if graph and not self.fixed_tile else 1,
         )  # fmt: skip
+        if self.fixed_tile:
+            self.align *= max(1, round(TILE_UM / bin_um / self.align))
         self.halo = 0 if self.fixed_tile else -(-32 // self.align) * self.align
         self.diffusion = Diffusion(prediction=c["prediction"], learned_variance=learned_variance)
 

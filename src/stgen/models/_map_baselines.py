@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class Interpolate(PointMapModel):
         px_per_bin: int = 1,
         transform: TransformName = "log1p_raw",
     ) -> None:
+        if kernel not in get_args(Kernel):
+            raise ValueError(f"`kernel` must be one of {', '.join(map(repr, get_args(Kernel)))}, found {kernel!r}.")
         super().__init__(
             genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels, px_per_bin=px_per_bin,
             transform=transform, kernel=kernel,

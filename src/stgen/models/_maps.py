@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from stgen.transforms import TransformName, inverse_transform
 __all__ = ["GeneScale", "ImageScale", "MapDiffusionModel", "MapModel"]
 
 N_TILES = 256  # training tiles that constants are taken from
+VALUES_PER_TILE = 4096
 PIXEL_UM = 2.5
 TILE_UM = 640.0
 
@@ -154,12 +155,14 @@ class GeneScale(nn.Module):
 
     def __init__(self, n_genes: int, kind: GeneScaleKind) -> None:
         super().__init__()
+        if kind not in get_args(GeneScaleKind):
+            raise ValueError(f"`scale` must be one of {', '.join(map(repr, get_args(GeneScaleKind)))}, found {kind!r}.")
         self.kind = kind
         self.register_buffer("scale", torch.ones(n_genes))
 
     def fit(self, data: MapData) -> GeneScale:
         """Take the constants from training tiles."""
-        x = torch.cat([b["x"][0][:, b["tissue"][0, 0] > 0] for b in data.some(N_TILES)], 1)
+        x = torch.cat([_thinned(b["x"][0][:, b["tissue"][0, 0] > 0]) for b in data.some(N_TILES)], 1)
         if self.kind == "std":
             scale = x.std(1, correction=0)
         else:
@@ -176,6 +179,11 @@ class GeneScale(nn.Module):
             return fitted
         low, high = y.amin((2, 3), keepdim=True), y.amax((2, 3), keepdim=True)
         return torch.where(high > low, high - low, fitted)
+
+
+def _thinned(x: Tensor) -> Tensor:
+    """At most ``VALUES_PER_TILE`` of the columns, evenly spread."""
+    return x[:, :: max(1, -(-x.shape[1] // VALUES_PER_TILE))]
 
 
 class ImageScale(nn.Module):

@@ -255,11 +255,15 @@ def _residuals(maps: _Maps, measurement: Measurement) -> pd.DataFrame:
     largest, mean = [], []
     for start in range(0, len(maps.genes), 16):
         counts = maps.counts(maps.key, maps.genes[start : start + 16])
-        known = measurement.pool(np.isfinite(counts).astype(np.float32)) > 0
+        known = measurement.pool(np.isfinite(counts).astype(np.float32))
         complete = measurement.pool(np.ones((1, *counts.shape[1:]))) >= 0.98 * measurement.area[:, None]
         measured = measurement.counts[:, start : start + 16]
+        if measurement.shape == "square":  # measured in part: its density holds for all that is predicted
+            measured = measured * np.maximum(known / np.maximum(measurement.area, 1e-6)[:, None], 1)
         residual = np.abs(measurement.pool(counts) - measured) / np.maximum(measured, 1)
-        residual = np.where(known & complete, residual, np.nan)  # footprints that reach beyond the map cannot agree
+        residual = np.where(
+            (known > 0) & complete, residual, np.nan
+        )  # footprints that reach beyond the map cannot agree
         largest += _over_footprints(np.max, residual)
         mean += _over_footprints(np.mean, residual)
     return pd.DataFrame({"residual_mean": mean, "residual_max": largest}, index=pd.Index(maps.genes, name="gene"))

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from stgen._io import get_section, get_table, provenance
 from stgen.data import MapData, SpotData
 from stgen.models import MapModel, Model
-from stgen.tl._fit_maps import MapKeys, cut_tiles, gather_maps, split_maps
+from stgen.tl._fit_maps import MapKeys, check_genes, cut_tiles, gather_maps, split_maps
 from stgen.tl._inputs import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
 from stgen.train import check_device
 
@@ -144,10 +144,12 @@ def _maps(
 ) -> tuple[MapData, MapData | None, dict[str, Any]]:
     """Training and validation tiles of sections with maps, and a record of what they are."""
     tile = model.tile if tile is None else tile
-    if isinstance(tile, bool) or tile != int(tile) or tile < model.align or tile % model.align:
+    if isinstance(tile, bool) or not tile >= model.align or tile % model.align:
         raise ValueError(
             f"`tile` must be a multiple of {model.align} bins, which {type(model).__name__} needs to see; found {tile!r}."
         )
+    tile = int(tile)
+    model.check_window(tile, tile)
     gathered, record = gather_maps(model, sections, keys)
     if isinstance(validation, int | float):
         gathered, apart = split_maps(gathered, validation, tile, rng)
@@ -156,6 +158,7 @@ def _maps(
         named = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
         apart, of_validation = gather_maps(model, named, keys)
         record["validation"] = of_validation["sections"]
+    check_genes(model.genes, gathered)
     train = cut_tiles(model, gathered, tile, "training")
     if not any(section.tissue.any() for section in apart):
         return train, None, record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from stgen.data import MapData, MapSection
 from stgen.measurement import Measurement
 from stgen.models import MapModel
 
-__all__ = ["MapKeys", "cut_tiles", "gather_maps", "split_maps"]
+__all__ = ["MapKeys", "check_genes", "cut_tiles", "gather_maps", "split_maps"]
 
 IN_MEMORY = 4e9  # bytes of a map or an image up to which it is read once and kept
 BLOCK = 1024  # bins read at a time
@@ -41,12 +42,6 @@ def gather_maps(
         )
     gathered = [_section(model, name, sdata, keys) for name, sdata in sections.items()]
     known = sum(section.tissue.sum() for section in gathered)
-    largest = np.max([_largest(section) for section in gathered], 0)
-    empty = [gene for gene, top in zip(model.genes, largest, strict=True) if not top > 0]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} gene(s) have no counts on the training tissue: {', '.join(empty[:5])}. Leave them out."
-        )
     record = {
         "sections": list(sections),
         "n_bins": int(known),
@@ -115,9 +110,15 @@ def pooled(counts: Any, tissue: np.ndarray, factor: int) -> Measurement:
     return Measurement.from_map(low, factor, area)
 
 
-def _largest(section: MapSection) -> np.ndarray:
-    """Largest count of each gene, gene by gene so that a lazy map stays lazy."""
-    return np.array([np.nanmax(np.asarray(gene), initial=0) for gene in section.counts])
+def check_genes(genes: list[str], sections: list[MapSection]) -> None:
+    """Refuse genes without a count on the tissue of the sections, one by one so that a lazy map stays lazy."""
+    empty = [
+        gene for i, gene in enumerate(genes) if not any((np.asarray(s.counts[i])[s.tissue] > 0).any() for s in sections)
+    ]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} gene(s) have no counts on the training tissue: {', '.join(empty[:5])}. Leave them out."
+        )
 
 
 def _no_image(y0: int, x0: int, height: int, width: int) -> np.ndarray:
@@ -138,6 +139,8 @@ def _kept(image: Callable[..., np.ndarray], grid: Grid) -> Callable[..., np.ndar
             part[:] = image(y - margin, x - margin, part.shape[1] // px, part.shape[2] // px)
 
     def window(y0: int, x0: int, height: int, width: int) -> np.ndarray:
+        if max(y0 + height - grid.height, x0 + width - grid.width) > margin:  # a section smaller than a tile
+            return image(y0, x0, height, width)
         y, x = (y0 + margin) * px, (x0 + margin) * px
         return whole[:, y : y + height * px, x : x + width * px]
 
@@ -147,20 +150,26 @@ def _kept(image: Callable[..., np.ndarray], grid: Grid) -> Callable[..., np.ndar
 def split_maps(
     sections: list[MapSection], share: float, side: int, rng: np.random.Generator
 ) -> tuple[list[MapSection], list[MapSection]]:
-    """Hold out about ``share`` of each section's tissue, in whole squares of ``side`` bins."""
+    """Hold out about ``share`` of each section's tissue, in whole blocks of at most ``side`` bins.
+
+    A section has at least four blocks of equal size. Where one would be more than twice the share, none is held out.
+    """
     if not 0 <= share < 0.9:
         raise ValueError(f"`validation` must be a share in [0, 0.9), found {share}.")
     train, held_out = [], []
     for section in sections:
-        height, width = section.tissue.shape
-        rows, columns = -(-height // side), -(-width // side)
-        block = np.arange(rows).repeat(side)[:height, None] * columns + np.arange(columns).repeat(side)[:width]
+        rows, columns = (max(2, -(-n // side)) for n in section.tissue.shape)
+        y, x = (np.arange(n) * k // n for n, k in zip(section.tissue.shape, (rows, columns), strict=True))
+        block = y[:, None] * columns + x
         known = np.bincount(block.ravel(), section.tissue.ravel(), rows * columns)
-        order = rng.permutation(np.flatnonzero(known))
-        n_held = int(np.searchsorted(known[order].cumsum(), share * known.sum())) + 1 if share and len(order) > 1 else 0
-        chosen = np.isin(block, order[: min(n_held, len(order) - 1)])
-        train.append(MapSection(section.counts, section.image, section.measurement, section.tissue & ~chosen))
-        held_out.append(MapSection(section.counts, section.image, section.measurement, section.tissue & chosen))
+        chosen, so_far = [], 0.0
+        for candidate in rng.permutation(np.flatnonzero(known)):
+            if so_far < share * known.sum() and so_far + known[candidate] <= 2 * share * known.sum():
+                chosen.append(candidate)
+                so_far += known[candidate]
+        apart = np.isin(block, chosen)
+        train.append(replace(section, tissue=section.tissue & ~apart))
+        held_out.append(replace(section, tissue=section.tissue & apart))
     return train, held_out
 
 

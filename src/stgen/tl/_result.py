@@ -46,7 +46,9 @@ def check_result_keys(sdata: SpatialData, key_added: str, inputs: Sequence[str],
     write_image(trial, key_added, np.zeros((1, 1, 1)), channels=["x"], transformations={"global": Identity()})
 
 
-def check_store(sdata: SpatialData, store: str | Path | None, key_added: str, *, overwrite: bool) -> Path | None:
+def check_store(
+    sdata: SpatialData, store: str | Path | None, key_added: str, *, overwrite: bool, copy: bool = False
+) -> Path | None:
     """The path to stream to; an error if something is there that must not be replaced."""
     if store is None:
         return None
@@ -58,7 +60,7 @@ def check_store(sdata: SpatialData, store: str | Path | None, key_added: str, *,
     if not overwrite:
         raise ValueError(f"the store {store} exists already. Pass overwrite=True to replace it, or another store=.")
     replaced = {f"{key_added}{suffix}" for suffix in SUFFIXES}
-    used = {key for _, key, element in sdata.gen_elements() if key not in replaced and _reads(element, store)}
+    used = {key for _, key, element in sdata.gen_elements() if _reads(element, store)} - (set() if copy else replaced)
     if used or (sdata.path is not None and Path(sdata.path).absolute() == store):
         raise ValueError(
             f"{', '.join(sorted(used)) or 'the object itself'} of `sdata` is read from {store}, which is thus not replaced; "

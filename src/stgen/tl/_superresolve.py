@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from stgen import models
 from stgen._grid import Grid, ImageWindow, measurement_of
-from stgen._io import find_image, image_of, provenance, shallow_copy
+from stgen._io import find_image, get_section, image_of, provenance, shallow_copy
 from stgen.measurement import Measurement
 from stgen.models import Model
 from stgen.pp._alignment import tissue_mask
@@ -27,6 +27,7 @@ __all__ = ["superresolve"]
 
 logger = logging.getLogger("stgen")
 
+BLOCK = 512  # bins along a side of what is looked at at a time
 TISSUE_UM = 50.0  # how far from what is dark (or bright) tissue reaches, as pp.rasterize has it for molecules
 
 
@@ -49,6 +50,7 @@ def superresolve(
     batch_size: int = 4,
     seed: int = 0,
     store: str | Path | None = None,
+    mpp: float | None = None,
     device: str | None = None,
     overwrite: bool = False,
     copy: bool = False,
@@ -96,6 +98,9 @@ def superresolve(
         Random seed.
     store
         Path of a new SpatialData store to which the result is streamed. Memory then does not grow with the section.
+    mpp
+        µm per pixel of the image's finest level, where neither a micrometer coordinate system nor the 100 µm pitch of Visium
+        spots tells.
     device
         ``"cpu"``, ``"cuda"``, ...; by default the best there is.
     overwrite
@@ -149,12 +154,12 @@ def superresolve(
     genes = _genes(model, genes)
     inputs = [key for key in (image_key, low_res) if key is not None]
     check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
-    store = check_store(sdata, store, key_added, overwrite=overwrite)
+    store = check_store(sdata, store, key_added, overwrite=overwrite, copy=copy)
 
-    grid, image_key = _grid(sdata, model, image_key, low_res, bin_um=bin_um, factor=factor)
+    grid, image_key = _grid(sdata, model, image_key, low_res, bin_um=bin_um, factor=factor, mpp=mpp)
     image = _image(sdata, model, grid, image_key)
     measurement = None if low_res is None else measurement_of(sdata, low_res, grid, model.genes)
-    section = Section(model, grid, image, measurement, _tissue(sdata, grid, image_key, measurement))
+    section = Section(model, grid, image, measurement, _tissue(sdata, grid, image_key, measurement, mpp))
     consistency = bool(consistency and measurement is not None)
     n_samples = n_samples if model.stochastic else 1
     tiling = Tiling.plan(section, tile, batch=min(batch_size, n_samples), consistency=consistency)
@@ -218,6 +223,7 @@ def _grid(
     *,
     bin_um: float | None,
     factor: int | None,
+    mpp: float | None,
 ) -> tuple[Grid, str | None]:
     """The bins of the result, and the key of the image if one is needed."""
     wanted = model.config["bin_um"]
@@ -246,7 +252,9 @@ def _grid(
                 f"`factor` counts bins along the side of a low-resolution bin, and low_res={low_res!r} is not a map. "
                 "Leave it out."
             )
-        return Grid.of_image(sdata, image_key, bin_um=bin_um or wanted), image_key
+        if low_res is not None and mpp is None:
+            mpp = get_section(sdata, table_key=low_res, image_key=image_key).mpp
+        return Grid.of_image(sdata, image_key, bin_um=bin_um or wanted, mpp=mpp), image_key
     low = Grid.of_map(sdata, low_res)
     found = max(1, round(low.bin_um / wanted))
     if abs(low.bin_um / found / wanted - 1) > 0.01:
@@ -301,21 +309,21 @@ def _image(sdata: SpatialData, model: Model, grid: Grid, image_key: str | None) 
 
 
 def _tissue(
-    sdata: SpatialData, grid: Grid, image_key: str | None, measurement: Measurement | None, block: int = 512
+    sdata: SpatialData, grid: Grid, image_key: str | None, measurement: Measurement | None, mpp: float | None
 ) -> np.ndarray:
     """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue."""
     tissue = np.zeros((grid.height, grid.width), bool)
     if measurement is None:
-        tissue[:] = _tissue_of_image(sdata, grid, image_key)
-    elif measurement.shape == "square":
-        side = int(measurement.diameter)
+        tissue[:] = _tissue_of_image(sdata, grid, image_key, mpp)
+    elif measurement.blocks is not None:
+        side = measurement.blocks
         for y, x in (measurement.centers // side).astype(int) * side:
             tissue[y : y + side, x : x + side] = True
     else:
         where = measurement.with_counts(np.empty((len(measurement), 0)))
-        for y in range(0, grid.height, block):
-            for x in range(0, grid.width, block):
-                part = tissue[y : y + block, x : x + block]
+        for y in range(0, grid.height, BLOCK):
+            for x in range(0, grid.width, BLOCK):
+                part = tissue[y : y + BLOCK, x : x + BLOCK]
                 part[:] = where.interpolate(y, x, *part.shape)[1][0] > 0
     if not tissue.any():
         where = f"the image {image_key!r}" if measurement is None else "the low-resolution data"
@@ -326,9 +334,9 @@ def _tissue(
     return tissue
 
 
-def _tissue_of_image(sdata: SpatialData, grid: Grid, image_key: str) -> np.ndarray:
+def _tissue_of_image(sdata: SpatialData, grid: Grid, image_key: str, mpp: float | None) -> np.ndarray:
     """Bins within 50 µm of tissue; all, where the whole image looks alike."""
-    image = image_of(sdata, image_key)
+    image = image_of(sdata, image_key, mpp=mpp)
     mask, pixel = tissue_mask(image)
     if mask.mean() > 0.97:
         return np.ones((grid.height, grid.width), bool)

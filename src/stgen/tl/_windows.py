@@ -85,8 +85,8 @@ class Tiling:
     def plan(cls, section: Section, tile: int | None, *, batch: int, consistency: bool) -> Tiling:
         """The given tile, checked, or the largest that keeps memory within bounds."""
         model, grid, measurement = section.model, section.grid, section.measurement
-        square = measurement is not None and measurement.shape == "square"
-        block = int(measurement.diameter) if square else 1  # no square lies across a border of two cores
+        square = measurement is not None and measurement.blocks is not None
+        block = measurement.blocks if square else 1  # no square lies across a border of two cores
         reach = 0 if square or not consistency else math.ceil(measurement.diameter) + 1  # discs do, and are seen whole
         footprints = measurement if consistency else None
         if consistency and not square:
@@ -142,7 +142,7 @@ class Tiling:
         top, left, *shape = window.outer
         kept = np.zeros(shape, bool)
         kept[y - top : y - top + height, x - left : x - left + width] = True
-        if self.footprints is None or self.footprints.shape == "square":
+        if self.footprints is None or self.footprints.blocks is not None:
             return kept
         rows, covered = self.footprints.coverage(*window.outer)
         if len(rows) == 0:
