@@ -137,9 +137,8 @@ def _sharpen_maps(train: Mapping[str, SpatialData], test: SpatialData, out: Path
     figure.savefig(out / "superresolved.png", dpi=130)
 
     diffst, unet, bicubic = (table.loc[name] for name in ("DiffST", "RegressionUNet", "bicubic"))
-    measured = (
-        test["visium_counts"].n_obs * np.pi * (55 / 2) ** 2 / (np.isfinite(test["truth"][0]).sum().item() * 20**2)
-    )
+    n_bins = int(np.isfinite(test["truth"][0].to_numpy()).sum())
+    measured = test["visium_counts"].n_obs * np.pi * (55 / 2) ** 2 / (n_bins * bins["bin_um"] ** 2)
     logger.info("\n%s\n", table.to_string(na_rep=""))
     logger.info(
         "What this shows. The spots cover %.0f %% of the tissue and say nothing finer than 55 µm; the rest is read from the\n"
