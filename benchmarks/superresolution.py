@@ -163,7 +163,7 @@ def run(scale: str, name: str, seed: int, *, consistency: bool, label: str | Non
         constant(name, scale)
     scores = tl.evaluate(
         test,
-        key="result",
+        key="result" if name in MODELS else "constant",
         truth_key="true_map",
         replicate_key="measured_map",
         low_res="low",
