@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -106,9 +107,9 @@ class PointMapModel(MapModel):
 
     stochastic: ClassVar[bool] = False
 
+    @abstractmethod
     def predict(self, batch: Batch) -> Tensor:
         """Map on the scale ``transform``, shape ``(B, G, H, W)``."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def sample(
