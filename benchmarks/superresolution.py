@@ -2,7 +2,7 @@
 
     python benchmarks/superresolution.py 10x                              # every model, seed 0
     python benchmarks/superresolution.py 10x 5x --models DiffST --seeds 0 1
-    python benchmarks/superresolution.py 10x --models DiffST --ablations  # each module off in turn
+    python benchmarks/superresolution.py 10x --models DiffST --ablations --fit-steps 200  # each module off in turn
     python benchmarks/superresolution.py steps                            # 25 solver steps against 1,000 ancestral ones
     python benchmarks/superresolution.py --table
 
@@ -46,15 +46,34 @@ MODELS = {
     "bicubic": lambda genes, **scale: models.Interpolate(genes, kernel="cubic", **COMMON, **scale),
     "PixelProbe": lambda genes, **scale: models.PixelProbe(genes, **COMMON, **scale),
     "RegressionUNet": lambda genes, **scale: models.RegressionUNet(genes, **COMMON, **scale),
+    "RegressionUNet image only": lambda genes, **scale: models.RegressionUNet(
+        genes, use_low_res=False, **COMMON, **scale
+    ),
     "DiffST": lambda genes, **scale: models.DiffST(genes, **COMMON, **scale),
+    "C3Diff": lambda genes, **scale: models.C3Diff(genes, **COMMON, **scale),
 }
-ABLATIONS = {
-    "without modulation": {"modulation": False},
-    "without graph": {"graph": False},
-    "without hierarchy": {"hierarchy": False},
-    "without residual": {"residual": False},
+ABLATIONS: dict[str, dict[str, dict]] = {
+    "DiffST": {
+        "complete": {},
+        "without modulation": {"modulation": False},
+        "without graph": {"graph": False},
+        "without hierarchy": {"hierarchy": False},
+        "without residual": {"residual": False},
+    },
+    "C3Diff": {
+        "complete": {},
+        "without augmentation": {"augmentation": False},
+        "without modal loss": {"modal_weight": 0.0},
+        "without content loss": {"content_weight": 0.0},
+        "without inter-sphere loss": {"inter_sphere_weight": 0.0},
+        "without any of the losses": {"modal_weight": 0.0, "content_weight": 0.0, "inter_sphere_weight": 0.0},
+        "drop": {"imputation": "drop"},
+        "zero padding": {"imputation": "zero"},
+        "arithmetic mean": {"imputation": "mean"},
+    },
 }
-FITTED = ("RegressionUNet", "DiffST")  # by chance, and so once for each seed
+FITTED = ("RegressionUNet", "RegressionUNet image only", "DiffST", "C3Diff")  # by chance, and so once for each seed
+BLIND = ("RegressionUNet image only", "C3Diff")  # also applied without the low-resolution map
 TABLE = ["RMSE", "PCC", "PCC/ceiling", "SSIM", "GSC", "RVD", "RVD_sample", "GSC_sample", "coverage_90%", "CRPS",
          "residual_mean", "fit_s", "predict_s"]  # fmt: skip
 
@@ -124,11 +143,25 @@ def constant(name: str, scale: str) -> None:
     test.images["constant"] = test.images["true_map"] * 0 + value[:, None, None].astype(np.float32)
 
 
-def run(scale: str, name: str, seed: int, *, consistency: bool, label: str | None = None, fit: dict, **options) -> None:
-    """One model on one scale, unless its JSON is there already; a model is fitted once for all ways to apply it."""
+def run(
+    scale: str,
+    name: str,
+    seed: int,
+    *,
+    consistency: bool,
+    blind: bool = False,
+    label: str | None = None,
+    file: str | None = None,
+    fit: dict,
+    **options,
+) -> None:
+    """One model on one scale, unless its JSON is there already; a model is fitted once for all ways to apply it.
+
+    ``blind`` hides the low-resolution map when the model is applied.
+    """
     label = label or name
-    suffix = "" if consistency else "-free"
-    file = RESULTS / f"P4-{scale}-{label.replace(' ', '_')}-{seed}{suffix}.json"
+    suffix = "-blind" if blind else "" if consistency else "-free"
+    file = RESULTS / (file or f"P4-{scale}-{label.replace(' ', '_')}-{seed}{suffix}.json")
     if file.exists():
         return
     RESULTS.mkdir(exist_ok=True)
@@ -151,8 +184,8 @@ def run(scale: str, name: str, seed: int, *, consistency: bool, label: str | Non
                 model.save(folder)
         start = time.perf_counter()
         tl.superresolve(
-            test, "stains", model=model, low_res="low", consistency=consistency, seed=seed, keep_samples=model.stochastic,
-            key_added="result", overwrite=True, progress=False, **options,
+            test, "stains", model=model, low_res=None if blind else "low", like="true_map", consistency=consistency, seed=seed,
+            keep_samples=model.stochastic, key_added="result", overwrite=True, progress=False, **options,
         )  # fmt: skip
         timing = {"fit_s": model.record.get("fit_s"), "predict_s": time.perf_counter() - start}
         record = {
@@ -170,7 +203,7 @@ def run(scale: str, name: str, seed: int, *, consistency: bool, label: str | Non
         gene_scale=gene_scale(scale),
     )
     content = {
-        "protocol": f"P4 {scale}", "model": label, "seed": seed, "consistency": consistency and name in MODELS, **options,
+        "protocol": f"P4 {scale}", "model": label + (" without map" if blind else ""), "seed": seed, "consistency": consistency and name in MODELS, **options,
         "stgen": stgen.__version__, "torch": torch.__version__, "threads": torch.get_num_threads(),
         "load_before": load, "load_after": os.getloadavg()[0], **record, "scores": scores.summary.to_dict() | timing,
     }  # fmt: skip
@@ -181,12 +214,30 @@ def run(scale: str, name: str, seed: int, *, consistency: bool, label: str | Non
 def steps() -> None:
     """Few solver steps against many ancestral ones, on the same weights."""
     for solver, number in (("dpm++", 10), ("dpm++", 25), ("dpm++", 50), ("ddpm", 1000)):
-        run("10x", "DiffST", 0, consistency=False, fit={}, n_samples=1, steps=number, solver=solver)
+        run("10x", "DiffST", 0, consistency=False, fit={}, n_samples=1, steps=number, solver=solver,
+            file=f"steps-P4-10x-DiffST-0-{solver}-{number}.json")  # fmt: skip
 
 
-def table() -> pd.DataFrame:
-    """Mean (and spread over seeds, where there are several) of everything in the results folder."""
+def steps_table() -> pd.DataFrame:
+    """The comparison of samplers in the results folder."""
+    runs = [json.loads(file.read_text()) for file in RESULTS.glob("steps-P4-*.json")]
+    columns = ["predict_s", "RMSE", "PCC", "SSIM", "RVD", "GSC"]
+    rows = [{"sampler": r["solver"], "steps": r["steps"], **{c: r["scores"][c] for c in columns}} for r in runs]
+    return pd.DataFrame(rows, columns=["sampler", "steps", *columns]).sort_values(["sampler", "steps"]).round(4)
+
+
+def print_table(cells: pd.DataFrame) -> None:
+    """Print a table as Markdown."""
+    print("| " + " | ".join(cells.columns) + " |")
+    print("|" + "---|" * len(cells.columns))
+    for _, values in cells.iterrows():
+        print("| " + " | ".join(values.astype(str)) + " |")
+
+
+def table(ablations: bool = False) -> pd.DataFrame:
+    """Mean (and spread over seeds, where there are several) of everything in the results folder, or of ablations."""
     runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("P4-*.json"))]
+    runs = [r for r in runs if (r["model"].removesuffix(" without map") not in {"zero", "mean", *MODELS}) == ablations]
     frame = pd.DataFrame([{**{k: r[k] for k in ("protocol", "model", "consistency")}, **r["scores"]} for r in runs])
     frame = frame.sort_values(["protocol", "PCC"], kind="stable")
     groups = frame.groupby(["protocol", "model", "consistency"], sort=False)
@@ -214,22 +265,30 @@ def main() -> None:
     fit = {} if arguments.fit_steps is None else {"steps": arguments.fit_steps}
     for scale in [what for what in arguments.what if what in SCALES]:
         if arguments.ablations:
-            for label, config in ABLATIONS.items():
-                run(scale, "DiffST", 0, label=f"DiffST {label}", consistency=False, n_samples=arguments.n_samples,
-                    fit={**fit, "config": config})  # fmt: skip
+            for name in [name for name in arguments.models if name in ABLATIONS]:
+                for label, config in ABLATIONS[name].items():
+                    label = f"{name} {label}" + (
+                        "" if arguments.fit_steps is None else f", {arguments.fit_steps} steps"
+                    )
+                    for blind in (False, True) if name in BLIND else (False,):
+                        run(scale, name, 0, label=label, consistency=False, blind=blind, n_samples=arguments.n_samples,
+                            fit={**fit, "config": config})  # fmt: skip
             continue
         for name in arguments.models:
             for seed in arguments.seeds if name in FITTED else [0]:
-                for consistency in (False, True) if name in MODELS else (False,):
-                    run(scale, name, seed, consistency=consistency, n_samples=arguments.n_samples, fit=dict(fit))
+                ways = [{"consistency": False}, {"consistency": True}] if name in MODELS else [{"consistency": False}]
+                if name in BLIND:
+                    ways = [{"consistency": False, "blind": True}, *([] if "only" in name else ways)]
+                for way in ways:
+                    run(scale, name, seed, **way, n_samples=arguments.n_samples, fit=dict(fit))
     if "steps" in arguments.what:
         steps()
     if arguments.table or not arguments.what:
-        cells = table()
-        print("| " + " | ".join(cells.columns) + " |")
-        print("|" + "---|" * len(cells.columns))
-        for _, values in cells.iterrows():
-            print("| " + " | ".join(values.astype(str)) + " |")
+        print_table(table())
+        print()
+        print_table(steps_table())
+        print()
+        print_table(table(ablations=True))
 
 
 if __name__ == "__main__":

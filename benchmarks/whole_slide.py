@@ -1,11 +1,12 @@
-"""Whole slides: memory of streaming to a store as the image grows, and how little the result depends on the tiles.
+"""Whole slides and many genes: memory and time as the image and the panel grow, and how little the tiles matter.
 
     python benchmarks/whole_slide.py memory 10000     # H&E of 10,000 x 10,000 px, 200 genes, to a zarr store
     python benchmarks/whole_slide.py memory 20000
+    python benchmarks/whole_slide.py genes 300        # 300 of the 2,000 genes that a C3-Diff is for, on 1 mm²
     python benchmarks/whole_slide.py tiles runs/P4-10x-DiffST-0 --out tiles.png
 
 ``memory`` makes a blank slide of that size on disk (0.5 µm per pixel, read lazily) with random low-resolution counts, and an
-unfitted Diff-ST: what is measured is memory and time. ``tiles`` samples the pancreas section with fitted weights in one
+unfitted Diff-ST: what is measured is memory and time. So does ``genes`` with an unfitted C3-Diff. ``tiles`` samples the pancreas section with fitted weights in one
 window and cut into 4 and 16, and draws the largest difference and what crosses a border.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
@@ -32,46 +34,43 @@ RESULTS = Path(__file__).parent / "results"
 MPP, BIN_UM, FACTOR, N_GENES = 0.5, 10.0, 10, 200
 
 
-def memory(side_px: int, steps: int) -> None:
-    """Peak memory of super-resolving a slide of ``side_px`` x ``side_px`` pixels into a store."""
-    genes = [f"gene {i}" for i in range(N_GENES)]
+def slide(folder: Path, side_px: int, genes: list[str]) -> SpatialData:
+    """A blank slide on disk, read lazily, with random low-resolution counts."""
     low_px = int(side_px * MPP / (BIN_UM * FACTOR))
-    counts = np.random.default_rng(0).poisson(20.0, (N_GENES, low_px, low_px)).astype(np.float32)
+    counts = np.random.default_rng(0).poisson(20.0, (len(genes), low_px, low_px)).astype(np.float32)
 
     def scale(um: float) -> dict:
         return {"um": Scale([um, um], axes=("x", "y"))}
 
+    pixels = da.random.default_rng(0).integers(0, 255, (3, side_px, side_px), dtype=np.uint8, chunks=(3, 2048, 2048))
+    image = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations=scale(MPP))
+    SpatialData(images={"he": image}).write(folder / "slide.zarr")
+    sdata = SpatialData.read(folder / "slide.zarr")
+    sdata.images["low"] = Image2DModel.parse(
+        counts, dims=("c", "y", "x"), c_coords=genes, transformations=scale(BIN_UM * FACTOR)
+    )
+    return sdata
+
+
+def measure(model: models.MapModel, side_px: int, n_genes: int, name: str, steps: int) -> None:
+    """Time and peak memory of super-resolving some genes of a blank slide into a store."""
+    model.record = {"sections": []}  # memory and time do not ask for training
     with tempfile.TemporaryDirectory() as folder:
-        pixels = da.random.default_rng(0).integers(
-            0, 255, (3, side_px, side_px), dtype=np.uint8, chunks=(3, 2048, 2048)
-        )
-        image = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations=scale(MPP))
-        SpatialData(images={"he": image}).write(Path(folder) / "slide.zarr")
-        sdata = SpatialData.read(Path(folder) / "slide.zarr")
-        sdata.images["low"] = Image2DModel.parse(
-            counts, dims=("c", "y", "x"), c_coords=genes, transformations=scale(BIN_UM * FACTOR)
-        )
-        model = models.DiffST(genes)
-        model.record = {"sections": []}  # memory and time do not ask for training
+        sdata = slide(Path(folder), side_px, model.genes)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         start = time.perf_counter()
         tl.superresolve(
-            sdata,
-            "he",
-            model=model,
-            low_res="low",
-            n_samples=2,
-            steps=steps,
-            store=Path(folder) / "out.zarr",
-            progress=False,
-        )
+            sdata, "he", model.genes[:n_genes], model=model, low_res="low", n_samples=2, steps=steps,
+            store=Path(folder) / "out.zarr", progress=False,
+        )  # fmt: skip
         content = {
-            "side_px": side_px, "bins": low_px * FACTOR, "genes": N_GENES, "n_samples": 2, "steps": steps,
-            "threads": torch.get_num_threads(), "seconds": time.perf_counter() - start, "before_mb": before,
+            "model": type(model).__name__, "side_px": side_px, "bins": int(side_px * MPP / BIN_UM), "genes": n_genes,
+            "n_samples": 2, "steps": steps, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+            "seconds": time.perf_counter() - start, "before_mb": before,
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"whole-slide-{side_px}.json").write_text(json.dumps(content, indent=1))
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1))
     print(content)
 
 
@@ -129,13 +128,19 @@ def tiles(folder: str, out: Path, steps: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["memory", "tiles"])
-    parser.add_argument("argument", help="side of the slide in pixels, or folder of a fitted model")
-    parser.add_argument("--steps", type=int, default=None, help="sampling steps: 2 for memory, 25 for tiles")
+    parser.add_argument("what", choices=["memory", "genes", "tiles"])
+    parser.add_argument("argument", help="side of the slide in pixels, number of genes, or folder of a fitted model")
+    parser.add_argument("--steps", type=int, default=None, help="sampling steps: 2, or 25 for tiles")
     parser.add_argument("--out", type=Path, default=Path("tiles.png"))
     arguments = parser.parse_args()
     if arguments.what == "memory":
-        memory(int(arguments.argument), arguments.steps or 2)
+        side = int(arguments.argument)
+        model = models.DiffST([f"gene {i}" for i in range(N_GENES)])
+        measure(model, side, N_GENES, f"whole-slide-{side}", arguments.steps or 2)
+    elif arguments.what == "genes":
+        number = int(arguments.argument)
+        model = models.C3Diff([f"gene {i}" for i in range(2000)])
+        measure(model, 2000, number, f"genes-C3Diff-{number}", arguments.steps or 2)
     else:
         tiles(arguments.argument, arguments.out, arguments.steps or 25)
 

@@ -18,7 +18,7 @@ from stgen._grid import Grid, measurement_of
 from stgen._io import write_image
 from stgen.data import MapData, MapSection
 from stgen.measurement import Measurement
-from stgen.models import DiffST, Interpolate, PixelProbe, RegressionUNet, Stem
+from stgen.models import C3Diff, DiffST, Interpolate, PixelProbe, RegressionUNet, Stem
 from stgen.tl._fit_maps import MapKeys, gather_maps, pooled, split_maps
 
 GENES = ["EPCAM", "COL1A1", "ACTB"]
@@ -33,6 +33,7 @@ def few_tiles(monkeypatch):
     """Constants are taken from a few tiles: they are tested elsewhere."""
     monkeypatch.setattr("stgen.models._maps.N_TILES", 16)
     monkeypatch.setattr("stgen.models._diffst.N_TILES", 16)
+    monkeypatch.setattr("stgen.models._c3diff.N_TILES", 16)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,10 @@ def diffst(**options):
     return DiffST(GENES, **{**TINY, "width": 8, "mean_widths": [8, 8], "region": 4, **options})
 
 
+def c3diff(**options):
+    return C3Diff(GENES, **{**TINY, "width": 8, "code": 8, "control_widths": [8, 8], **options})
+
+
 def gathered(sections, model=None, **keys):
     keys = {"map_key": "counts", "image_key": "he", "low_res": None, **keys}
     return gather_maps(model or regression(), sections, MapKeys(**keys))
@@ -79,7 +84,7 @@ def gathered(sections, model=None, **keys):
 
 
 @pytest.mark.parametrize(
-    "make", [diffst, regression, lambda: PixelProbe(GENES, factor=FACTOR, px_per_bin=2, blurs=[1.0])]
+    "make", [diffst, c3diff, regression, lambda: PixelProbe(GENES, factor=FACTOR, px_per_bin=2, blurs=[1.0])]
 )
 def test_one_section(rasterized, make, caplog):
     model = make()
@@ -267,6 +272,71 @@ def test_low_resolution_map_is_what_the_network_sees(section):
     tiles = [MapData(sections, tile=16)[0] for sections in (one, three)]
     torch.testing.assert_close(tiles[1]["y"].expm1(), 3 * tiles[0]["y"].expm1(), rtol=1e-4, atol=1e-4)
     assert torch.equal(tiles[1]["x"], tiles[0]["x"])
+
+
+def test_low_resolution_section_by_section(rasterized):
+    sections = {"map": rasterized, "spots": rasterized, "none": rasterized}
+    low_res = {"map": "counts_5x", "spots": "spot_counts"}
+    found, record = gathered(sections, c3diff(), low_res=low_res)
+    assert record["low_res"] == low_res
+    for part, (name, key) in zip(found, low_res.items(), strict=False):
+        expected, _ = gathered({name: rasterized}, low_res=key)
+        np.testing.assert_array_equal(part.measurement.counts, expected[0].measurement.counts)
+        assert part.measurement.shape == expected[0].measurement.shape
+    assert found[2].measurement is None
+    np.testing.assert_array_equal(found[2].counts, found[0].counts)
+
+
+def test_fit_on_sections_with_and_without_low_resolution_data(rasterized, tmp_path):
+    sections, options = {"with": rasterized, "without": rasterized}, {**KEYS, "tile": 16, **QUICK}
+    fits = [tl.fit(c3diff(), sections, low_res=low_res, **options) for low_res in 2 * [{"with": "counts_5x"}] + [None]]
+    hashes = [model.weights_sha256() for model in fits]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert models.load(fits[0].save(tmp_path)).record == fits[0].record
+    assert fits[0].record["low_res"] == {"with": "counts_5x"}
+    assert fits[0].record["sections"] == ["with", "without"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_low_resolution_of_sections_for_validation(rasterized, named):
+    model, seen = c3diff(), []
+    model.fit = lambda train, validation, **options: seen.extend([train, validation]) or {}
+    name = "apart" if named else "validation"
+    validation = {name: rasterized, "other": rasterized} if named else rasterized
+    tl.fit(model, {"one": rasterized}, validation=validation, low_res={name: "counts_5x"}, **KEYS, tile=16)
+    measured = [[part.measurement is not None for part in data.sections] for data in seen]
+    assert measured == [[False], [True, False] if named else [True]]
+
+
+def test_low_resolution_of_no_section(rasterized):
+    """A model that looks at none does without; one that only can do without learns from some."""
+    model = tl.fit(regression(use_low_res=False), rasterized, low_res={}, **KEYS, tile=16, **QUICK)
+    assert model.record["low_res"] == {}
+    model = c3diff()
+    weights = model.weights_sha256()
+    with pytest.raises(ValueError, match="no training tile has a low-resolution map, which C3-Diff learns from"):
+        tl.fit(model, rasterized, low_res={}, **KEYS, tile=16, **QUICK)
+    assert model.weights_sha256() == weights
+    assert not model.fitted
+
+
+@pytest.mark.parametrize(
+    ("make", "low_res", "message"),
+    [
+        (c3diff, {"one": "counts_5x", "oen": "counts_5x"}, "`low_res` names data of 'oen', which is none of the sections: 'one', 'two'"),
+        (c3diff, {"one": "nothing"}, "There is no map or table 'nothing'"),
+        (c3diff, {"two": "counts"}, r"the bins of 'counts' of section 'two' are 1 bins of the map wide and the model's factor is 5"),
+        (regression, {"one": "counts_5x"}, "names no low-resolution data of section 'two', and this RegressionUNet cannot do without"),
+        (lambda: c3diff(p_missing=0.0), {"two": "counts_5x"}, "of section 'one', and this C3Diff cannot do without"),
+    ],
+)  # fmt: skip
+def test_low_resolution_that_does_not_fit_the_sections(rasterized, make, low_res, message):
+    model = make()
+    weights = model.weights_sha256()
+    with pytest.raises((KeyError, ValueError), match=message):
+        tl.fit(model, {"one": rasterized, "two": rasterized}, low_res=low_res, **KEYS, tile=16, **QUICK)
+    assert not model.fitted
+    assert model.weights_sha256() == weights
 
 
 # ---- what the tiles hold --------------------------------------------------------------------------------------------

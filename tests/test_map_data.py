@@ -164,6 +164,23 @@ def test_held_out_bins_are_masked_out():
     assert (item["y"][:, :, :5] > 0).any()  # what was measured there is known all the same
 
 
+def test_section_without_low_resolution_data():
+    part = section()
+    without = MapSection(part.counts, part.image, None, part.tissue)
+    data = MapData([part, without], tile=16, stride=8)
+    n = len(data) // 2
+    one, two = data[1, 3], data[n + 1, 3]
+    for name in ("x", "h", "tissue"):
+        assert torch.equal(one[name], two[name])
+    for name in ("y", "valid"):
+        assert one[name].abs().max() > 0
+        assert (two[name] == 0).all()
+        assert two[name].shape == one[name].shape
+    batch = next(iter(DataLoader(data, batch_size=2 * n)))
+    assert batch["valid"].flatten(1).any(1).tolist() == [True] * n + [False] * n
+    assert MapData([part], tile=16).fingerprint() != MapData([without], tile=16).fingerprint()
+
+
 def test_lazy_maps_give_the_same():
     part = section(unknown=(slice(4, 9), slice(2, 5)))
     lazy = MapSection(da.from_array(part.counts, chunks=(1, 8, 8)), part.image, part.measurement, part.tissue)

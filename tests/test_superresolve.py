@@ -68,6 +68,18 @@ def model():
     return Local()
 
 
+def c3diff(genes=GENES, **options):
+    """A gene-wise model that may do without low-resolution data, with weights at random."""
+    small = {"px_per_bin": 2, "width": 8, "code": 8, "widths": [8], "control_widths": [8], "patch": 1}
+    model = models.C3Diff(genes, **{"factor": 4, **small, **options}).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    nn.init.ones_(model.own.bias)  # of the mean, which is then positive
+    model.record = {"sections": ["none"]}
+    return model
+
+
 def add_low_res(sdata, factor=4, n=N_BINS, key="low", unknown=(), seed=0, values=None, **kwargs):
     """A low-resolution map of Poisson counts over the image; ``unknown`` lists bins (row, column) without data."""
     side = n // factor
@@ -263,6 +275,142 @@ def test_overwriting_removes_what_the_new_result_does_not_have(section, model):
     assert not {"superresolved_std", "superresolved_samples"} & {*section.images, *section.attrs["stgen"]}
 
 
+# ---- gene by gene ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_res", ["low", None])
+def test_one_gene_of_a_gene_wise_model_is_that_of_all(section, low_res):
+    model, options = c3diff(), {**QUICK, "low_res": low_res, "consistency": low_res is not None}
+    superresolve(section, "he", model=model, keep_samples=True, **options)
+    for genes in (["ACTB"], ["COL1A1", "EPCAM"]):
+        columns = [GENES.index(gene) for gene in genes]
+        superresolve(section, "he", genes, model=model, keep_samples=True, overwrite=True, key_added="some", **options)
+        for suffix in ("", "_std", "_samples"):
+            whole = values_of(section, f"superresolved{suffix}").reshape(3, -1, N_BINS, N_BINS)
+            some = values_of(section, f"some{suffix}").reshape(len(genes), -1, N_BINS, N_BINS)
+            np.testing.assert_allclose(some, whole[columns], rtol=1e-4, atol=1e-4)
+    assert np.nanstd(values_of(section)) > 0.1
+
+
+def test_only_the_requested_genes_are_sampled(section, monkeypatch):
+    model, seen = c3diff(), []
+    denoise = type(model).denoise
+    monkeypatch.setattr(type(model), "denoise", lambda m, x, t, cond: seen.append(x.shape[1]) or denoise(m, x, t, cond))
+    superresolve(section, "he", ["ACTB"], model=model, low_res="low", **QUICK)
+    assert set(seen) == {1}
+
+
+def test_genes_are_sampled_in_parts_that_fit_into_memory(section, monkeypatch):
+    model, options = c3diff(), {**QUICK, "low_res": "low", "tile": 60, "keep_samples": True}
+    superresolve(section, "he", model=model, **options)
+    monkeypatch.setattr(_windows, "MOST_VALUES", 2 * 2 * 60 * 60)  # two genes of two samples
+    seen, sample = [], type(model).sample
+    monkeypatch.setattr(
+        type(model),
+        "sample",
+        lambda m, batch, *a, **k: seen.append(batch["gene"].tolist()) or sample(m, batch, *a, **k),
+    )
+    superresolve(section, "he", model=model, key_added="parts", **options)
+    assert seen == [[[0, 1]], [[2]]]
+    for suffix in ("", "_std", "_samples"):
+        one, two = (values_of(section, f"{key}{suffix}") for key in ("superresolved", "parts"))
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-4)
+    assert pooled_error(section, "low", "parts") < 1e-3
+
+
+def test_tile_of_a_gene_wise_model_does_not_shrink_with_its_genes(section, monkeypatch):
+    grid = Grid.of_image(section, "he", bin_um=10)
+    monkeypatch.setattr(_windows, "MOST_VALUES", 4 * (20 + 2 * 32) ** 2 + 1)
+    for n_genes in (1, 50):
+        plain = Section(c3diff([f"g{i}" for i in range(n_genes)]), grid, None, None, np.ones((60, 60), bool))
+        tiling = Tiling.plan(plain, None, batch=4, consistency=False)
+        assert (tiling.tile, tiling.margin) == (20, 32)
+        (*_, window) = tiling.windows(plain.tissue)
+        parts = _windows.gene_parts(plain, window, n_genes, batch=4)
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n_genes))
+
+
+def test_gene_wise_model_needs_low_resolution_data_only_if_it_never_missed_them(section):
+    superresolve(section, "he", model=c3diff(), **QUICK)
+    assert np.isfinite(values_of(section)).any()
+    with pytest.raises(
+        ValueError, match=r"C3Diff was fitted with low-resolution expression and needs it: pass low_res="
+    ):
+        superresolve(section, "he", model=c3diff(p_missing=0.0), key_added="other", **QUICK)
+    with pytest.raises(KeyError, match=r"1 gene\(s\) unknown to the model: NOPE"):
+        superresolve(section, "he", ["NOPE"], model=c3diff(), key_added="other", **QUICK)
+    assert "other" not in section.images
+
+
+def test_factor_matters_to_models_that_look_at_the_map(section):
+    coarser(section)
+    options = {**QUICK, "low_res": "coarser", "consistency": False}
+    with pytest.raises(ValueError, match=r"sharpen maps 4 times, and the bins of 'coarser' are 10\s+times its own"):
+        superresolve(section, "he", model=c3diff(), **options)
+    torch.manual_seed(0)
+    blind = models.RegressionUNet(GENES, factor=4, use_low_res=False, widths=[8], px_per_bin=2)
+    blind.record = {"sections": ["none"]}
+    superresolve(section, "he", model=blind, **options)
+    superresolve(section, "he", model=blind, key_added="agrees", **{**options, "consistency": True})
+    assert pooled_error(section, "coarser", "agrees") < 1e-3
+
+
+# ---- bins of another map --------------------------------------------------------------------------------------------
+
+
+def add_fine(sdata, shape=(40, 50), offset=(80.0, 40.0), bin_um=10.0):
+    """A map of bins that begin at ``offset`` (x, y, in µm), with an unknown corner."""
+    values = np.ones((1, *shape))
+    values[:, :7, :9] = np.nan
+    system = Chain([Scale([bin_um] * 2, axes=("x", "y")), Translation(list(offset), axes=("x", "y"))])
+    write_image(sdata, "fine", values, channels=["EPCAM"], transformations={"um": system})
+    record(sdata, "fine", provenance("pp.rasterize", bin_um=bin_um, unit="counts per bin"))
+
+
+@pytest.mark.parametrize("low_res", [None, "low", "spot_counts"])
+def test_bins_of_another_map(section, low_res):
+    add_fine(section)
+    model = c3diff(factor=10 if low_res == "spot_counts" else 4)
+    superresolve(section, "he", model=model, low_res=low_res, like="fine", **QUICK)
+    result, fine = section["superresolved"], section["fine"]
+    assert result.shape[1:] == fine.shape[1:]
+    matrices = [get_transformation(e, "um").to_affine_matrix(("x", "y"), ("x", "y")) for e in (result, fine)]
+    np.testing.assert_allclose(*matrices)
+    assert section.attrs["stgen"]["superresolved"]["like"] == "fine"
+    known = np.isfinite(values_of(section))
+    if low_res is None:  # what is tissue is taken from there, too
+        assert (known == np.isfinite(np.asarray(fine.data))).all()
+    else:
+        assert known[:, :7, :9].any()
+        assert pooled_error(section, low_res) < 1e-3
+
+
+def test_same_bins_give_the_same_result(section, model):
+    values = np.ones((1, N_BINS, N_BINS))
+    write_image(section, "fine", values, channels=["EPCAM"], transformations={"um": Scale([10, 10], axes=("x", "y"))})
+    record(section, "fine", provenance("pp.rasterize", bin_um=10.0, unit="counts per bin"))
+    superresolve(section, "he", model=model, low_res="low", **QUICK)
+    superresolve(section, "he", model=model, low_res="low", like="fine", key_added="there", **QUICK)
+    np.testing.assert_array_equal(values_of(section, "there"), values_of(section))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"like": "nothing"}, KeyError, "nothing"),
+        ({"like": "fine", "factor": 4}, ValueError, "the bins are those of like='fine'; leave `factor` out"),
+        ({"like": "low"}, ValueError, "the bins of 'low' are 40 µm, and the model is for 10 µm. Name a map of that"),
+        ({"like": "fine", "key_added": "fine", "overwrite": True}, ValueError, "not replaced"),
+    ],
+)
+def test_bins_that_do_not_fit(section, arguments, error, message):
+    add_fine(section)
+    before = set(section.images)
+    with pytest.raises(error, match=message):
+        superresolve(section, "he", model=Untouchable(), **{"low_res": "low", **QUICK, **arguments})
+    assert set(section.images) == before
+
+
 # ---- windows --------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +427,19 @@ def test_result_does_not_depend_on_tile_and_batch(section, solver, low_res, fact
             np.testing.assert_allclose(
                 values_of(section, key + suffix), values_of(section, "one" + suffix), rtol=1e-4, atol=1e-4
             )
+
+
+@pytest.mark.parametrize("low_res", ["low", None])
+def test_result_of_a_gene_wise_model_does_not_depend_on_the_tile(section, low_res):
+    """Its convolutions, at one resolution here, see 9 bins of the condition and 6 at each step: the halo holds all."""
+    model = c3diff(guidance=1.5)
+    options = {**QUICK, "low_res": low_res, "consistency": False}
+    for key, tile in [("one", 60), ("many", 12)]:
+        superresolve(section, "he", model=model, tile=tile, key_added=key, **options)
+    for suffix in ("", "_std"):
+        one, many = (values_of(section, key + suffix) for key in ("one", "many"))
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4)
+        assert np.nanstd(one) > 1e-3
 
 
 @pytest.mark.parametrize(("low_res", "factor"), [("low", 4), ("spot_counts", 10)])

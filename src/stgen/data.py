@@ -39,6 +39,7 @@ class Batch(TypedDict, total=False):
     y: Tensor  # (B, G, H, W) low-resolution counts per bin, interpolated, on the model's transform
     valid: Tensor  # (B, 1, H, W) 1 where y was measured nearby, else 0
     tissue: Tensor  # (B, 1, H, W) 1 where x is known, else 0
+    gene: Tensor  # (B, K) numbers of the genes that are wanted, of a model that samples each by itself; all by default
 
 
 def dihedral(x: Tensor, view: int) -> Tensor:
@@ -142,14 +143,14 @@ class MapSection:
         Function of a window ``(y0, x0, height, width)`` in bins that gives the histology there, shape
         ``(C, s height, s width)``.
     measurement
-        The low-resolution data.
+        The low-resolution data, if there are any.
     tissue
         Which bins are known, shape ``(H, W)``.
     """
 
     counts: Any
     image: Callable[[int, int, int, int], np.ndarray]
-    measurement: Measurement
+    measurement: Measurement | None
     tissue: np.ndarray
 
 
@@ -236,8 +237,11 @@ class MapData:
             "x": torch.as_tensor(transform_counts(counts, np.ones(1), self.transform)),
             "tissue": torch.as_tensor(np.pad(known[None].astype(np.float32), beyond)),
             "h": torch.as_tensor(np.asarray(section.image(y, x, tile, tile), np.float32)),
-            **low_resolution_input(section.measurement, y, x, tile, tile, self.transform, self.kernel),
+            "y": torch.zeros(len(counts), tile, tile),
+            "valid": torch.zeros(1, tile, tile),
         }
+        if section.measurement is not None:
+            parts |= low_resolution_input(section.measurement, y, x, tile, tile, self.transform, self.kernel)
         moved = {name: dihedral(value, view).contiguous() for name, value in parts.items()}
         return {"index": torch.as_tensor(i), **moved}
 

@@ -345,7 +345,16 @@ class NoiseField:
     n_channels: int
     block: int = 32
 
-    def field(self, y0: int, x0: int, height: int, width: int, step: int = 0, samples: slice = slice(None)) -> Tensor:
+    def field(
+        self,
+        y0: int,
+        x0: int,
+        height: int,
+        width: int,
+        step: int = 0,
+        samples: slice = slice(None),
+        channels: Sequence[int] | None = None,
+    ) -> Tensor:
         """The noise in a window.
 
         Parameters
@@ -356,26 +365,35 @@ class NoiseField:
             Which of many independent fields, for samplers that draw noise at every step.
         samples
             Which samples; all by default.
+        channels
+            Which channels, by number; all by default. Others are not drawn, but for their nearest neighbors.
 
         Returns
         -------
-        Noise on the CPU, shape ``(selected samples, n_channels, height, width)``.
+        Noise on the CPU, shape ``(selected samples, selected channels, height, width)``.
         """
-        n_selected = len(range(self.n_samples)[samples])
-        out = torch.empty(n_selected, self.n_channels, height, width)
+        channels = np.arange(self.n_channels) if channels is None else np.asarray(channels)
+        out = torch.empty(len(range(self.n_samples)[samples]), len(channels), height, width)
         for row in range(y0 // self.block, -(-(y0 + height) // self.block)):
             top = row * self.block
             for column in range(x0 // self.block, -(-(x0 + width) // self.block)):
                 left = column * self.block
                 y, x = max(top, y0), max(left, x0)
                 y1, x1 = min(top + self.block, y0 + height), min(left + self.block, x0 + width)
-                block = self._block(row, column, step)[samples]
-                out[:, :, y - y0 : y1 - y0, x - x0 : x1 - x0] = block[:, :, y - top : y1 - top, x - left : x1 - left]
+                for group in np.unique(channels // CHANNELS):
+                    block = self._block(row, column, step, int(group))[samples]
+                    at = np.flatnonzero(channels // CHANNELS == group)
+                    drawn = block[:, channels[at] % CHANNELS, y - top : y1 - top, x - left : x1 - left]
+                    out[:, at, y - y0 : y1 - y0, x - x0 : x1 - x0] = drawn
         return out
 
-    def _block(self, row: int, column: int, step: int) -> Tensor:
-        """All samples of one block, shape ``(n_samples, n_channels, block, block)``."""
+    def _block(self, row: int, column: int, step: int, group: int) -> Tensor:
+        """All samples of one block of some channels, shape ``(n_samples, channels, block, block)``."""
         place = [2 * i if i >= 0 else -2 * i - 1 for i in (row, column)]  # seeds cannot be negative
-        seed = np.random.SeedSequence([self.seed, step, *place]).generate_state(1)[0]
+        seed = np.random.SeedSequence([self.seed, step, *place, group]).generate_state(1, np.uint64)[0] >> np.uint64(1)
         generator = torch.Generator().manual_seed(int(seed))
-        return centered_noise(self.n_samples, (self.n_channels, self.block, self.block), [generator])[0]
+        n_channels = min(CHANNELS, self.n_channels - group * CHANNELS)
+        return centered_noise(self.n_samples, (n_channels, self.block, self.block), [generator])[0]
+
+
+CHANNELS = 64  # of a noise field that are drawn together

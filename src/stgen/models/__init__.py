@@ -7,12 +7,14 @@ from pathlib import Path
 
 from stgen.models._base import DiffusionModel, Model, read_config
 from stgen.models._baselines import LinearProbe, Retrieval, TrainingMean
+from stgen.models._c3diff import C3Diff
 from stgen.models._diffst import DiffST
 from stgen.models._map_baselines import Interpolate, PixelProbe, RegressionUNet
 from stgen.models._maps import MapModel
 from stgen.models._stem import Stem
 
 __all__ = [
+    "C3Diff",
     "DiffST",
     "DiffusionModel",
     "Interpolate",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ChannelNorm", "ImageStem", "ResBlock", "Standardize", "UNet", "timestep_embedding"]
+__all__ = ["ChannelNorm", "ImageStem", "ResBlock", "Standardize", "UNet", "UNetEncoder", "timestep_embedding"]
 
 
 class Standardize(nn.Module):
@@ -115,7 +116,8 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_dim)
+        most = max(1, channels // head_dim)
+        self.heads = next(n for n in range(most, 0, -1) if channels % n == 0)
         self.norm = ChannelNorm(channels)
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
         self.out.starts_at_zero = True
@@ -126,24 +128,60 @@ class PixelAttention(nn.Module):
         return x + self.out(attended.flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
-class UNet(nn.Module):
-    """Encoder and decoder with skip connections, for maps whose sides are multiples of ``2 ** (len(widths) - 1)``.
+class UNetEncoder(nn.Module):
+    """The way down of a :class:`UNet`, and its middle.
 
     Parameters
     ----------
-    inputs, outputs
+    inputs
         Channels.
     widths
         Channels at each resolution, finest first; each is half as fine as the one before.
     time_dim
         Size of the noise level's embedding; none for a network without one.
     blocks
-        Residual blocks at each resolution, on each way.
+        Residual blocks at each resolution.
     attention
         Resolutions (numbers of ``widths``) with self-attention. It sees the whole tile, so that results come to depend on
         the tile.
     head_dim
-        Channels of an attention head.
+        Channels of an attention head, or the next more that divide a level's.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        widths: Sequence[int],
+        time_dim: int | None = None,
+        blocks: int = 1,
+        attention: Sequence[int] = (),
+        head_dim: int = 48,
+    ) -> None:
+        super().__init__()
+        self._level = partial(_level, time_dim=time_dim, blocks=blocks, attention=attention, head_dim=head_dim)
+        self.enter = nn.Conv2d(inputs, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(self._level(widths[max(i - 1, 0)], width, i) for i, width in enumerate(widths))
+        self.middle = self._level(widths[-1], widths[-1], len(widths) - 1)
+
+    def encode(self, x: Tensor, time: Tensor | None = None) -> list[Tensor]:
+        """Features at each resolution, finest first; the last have been through the middle."""
+        x = self.enter(x)
+        levels = []
+        for number, layers in enumerate(self.down):
+            x = _through(layers, F.avg_pool2d(x, 2) if number else x, time)
+            levels.append(x)
+        return [*levels[:-1], _through(self.middle, levels[-1], time)]
+
+
+class UNet(UNetEncoder):
+    """Encoder and decoder with skip connections, for maps whose sides are multiples of ``2 ** (len(widths) - 1)``.
+
+    Parameters
+    ----------
+    inputs, outputs
+        Channels.
+    widths, time_dim, blocks, attention, head_dim
+        See :class:`UNetEncoder`.
     """
 
     def __init__(
@@ -156,32 +194,38 @@ class UNet(nn.Module):
         attention: Sequence[int] = (),
         head_dim: int = 48,
     ) -> None:
-        super().__init__()
-
-        def level(start: int, width: int, number: int) -> nn.ModuleList:
-            layers: list[nn.Module] = [ResBlock(start if i == 0 else width, width, time_dim) for i in range(blocks)]
-            return nn.ModuleList([*layers, *([PixelAttention(width, head_dim)] if number in attention else [])])
-
-        last = len(widths) - 1
-        self.enter = nn.Conv2d(inputs, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(level(widths[max(i - 1, 0)], width, i) for i, width in enumerate(widths))
-        self.middle = level(widths[-1], widths[-1], last)
-        self.up = nn.ModuleList(level(widths[i + 1] + widths[i], widths[i], i) for i in reversed(range(last)))
+        super().__init__(inputs, widths, time_dim, blocks, attention, head_dim)
+        self.up = nn.ModuleList(
+            self._level(widths[i + 1] + widths[i], widths[i], i) for i in reversed(range(len(widths) - 1))
+        )
         self.norm = ChannelNorm(widths[0])
         self.leave = nn.Conv2d(widths[0], outputs, 3, padding=1)
         self.leave.starts_at_zero = True
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """``x`` is ``(B, inputs, H, W)``, ``time`` ``(B, time_dim)``; the result ``(B, outputs, H, W)``."""
-        x = self.enter(x)
-        skips = []
-        for number, layers in enumerate(self.down):
-            x = _through(layers, F.avg_pool2d(x, 2) if number else x, time)
-            skips.append(x)
-        x = _through(self.middle, skips.pop(), time)
+    def decode(self, levels: Sequence[Tensor], time: Tensor | None = None) -> list[Tensor]:
+        """Features at each resolution on the way up, finest first, from those of :meth:`encode`."""
+        *skips, x = levels
+        decoded = [x]
         for layers in self.up:
             x = _through(layers, torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1), time)
+            decoded.insert(0, x)
+        return decoded
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The output, from the finest features of :meth:`decode`."""
         return self.leave(F.silu(self.norm(x)))
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """``x`` is ``(B, inputs, H, W)``, ``time`` ``(B, time_dim)``; the result ``(B, outputs, H, W)``."""
+        return self.finish(self.decode(self.encode(x, time), time)[0])
+
+
+def _level(
+    start: int, width: int, number: int, *, time_dim: int | None, blocks: int, attention: Sequence[int], head_dim: int
+) -> nn.ModuleList:
+    """The layers at one resolution."""
+    layers: list[nn.Module] = [ResBlock(start if i == 0 else width, width, time_dim) for i in range(blocks)]
+    return nn.ModuleList([*layers, *([PixelAttention(width, head_dim)] if number in attention else [])])
 
 
 def _through(layers: nn.ModuleList, x: Tensor, time: Tensor | None) -> Tensor:

@@ -217,7 +217,7 @@ class RegressionUNet(SteppedModel, PointMapModel):
             transform=transform, use_low_res=use_low_res, widths=list(widths),
         )  # fmt: skip
         self.align = 2 ** (len(widths) - 1)
-        self.needs_low_res = use_low_res
+        self.needs_low_res = self.uses_low_res = use_low_res
         n_genes = len(self.genes)
         self.image_scale, self.gene_scale = ImageScale(image_channels), GeneScale(n_genes, "std")
         self.stem = ImageStem(image_channels, widths[0], self.config["px_per_bin"])

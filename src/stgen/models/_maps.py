@@ -51,15 +51,21 @@ class MapModel(Model):
         Margin in bins, a multiple of ``align``, beyond which the rest of a section does not matter to a bin.
     kernel
         How the low-resolution data are interpolated, see :meth:`stgen.measurement.Measurement.interpolate`.
+    gene_wise
+        Each gene is sampled by itself, given the conditions; those that are wanted are named in a batch as ``gene``.
     fixed_tile
         Windows are squares of ``align`` bins and no others: the model sees a whole tile.
     needs_image, needs_low_res
         What the model cannot do without.
+    uses_low_res
+        Whether the model looks at the low-resolution data where there are any.
     """
 
     takes: ClassVar[Literal["locations", "maps"]] = "maps"
     needs_image: ClassVar[bool] = True
-    needs_low_res: ClassVar[bool] = True
+    needs_low_res: bool = True
+    uses_low_res: bool = True
+    gene_wise: ClassVar[bool] = False
     align: int = 1
     halo: int = 0
     kernel: Kernel = "gaussian"

@@ -33,7 +33,7 @@ def fit(
     layer: str | None = None,
     map_key: str | None = None,
     image_key: str | None = None,
-    low_res: str | None = None,
+    low_res: str | Mapping[str, str] | None = None,
     tile: int | None = None,
     validation: float | Data | Mapping[str, Data] = 0.125,
     seed: int = 0,
@@ -65,7 +65,8 @@ def fit(
     low_res
         For models of maps: the low-resolution data, a map in ``sdata.images`` or a table of spots in ``sdata.tables``. By
         default the fine map itself is summed over blocks of the model's ``factor``; what was measured apart from the
-        truth, or by spots, is nearer to what the model will meet.
+        truth, or by spots, is nearer to what the model will meet. A mapping names them section by section; sections that
+        it leaves out have none, for models that can do without.
     tile
         For models of maps: side of the training tiles in bins; the model's own by default. Tiles are cut at many offsets
         and turned and mirrored, map, low-resolution map and image together.
@@ -150,12 +151,19 @@ def _maps(
         )
     tile = int(tile)
     model.check_window(tile, tile)
+    of_validation = {} if isinstance(validation, int | float) else validation
+    named = dict(of_validation) if isinstance(of_validation, Mapping) else {"validation": of_validation}
+    unknown = set(keys.low_res) - {*sections, *named} if isinstance(keys.low_res, Mapping) else ()
+    if unknown:
+        raise ValueError(
+            f"`low_res` names data of {', '.join(map(repr, sorted(unknown)))}, which is none of the sections: "
+            f"{', '.join(map(repr, [*sections, *named]))}."
+        )
     gathered, record = gather_maps(model, sections, keys)
     if isinstance(validation, int | float):
         gathered, apart = split_maps(gathered, validation, tile, rng)
         record["validation"] = validation
     else:
-        named = dict(validation) if isinstance(validation, Mapping) else {"validation": validation}
         apart, of_validation = gather_maps(model, named, keys)
         record["validation"] = of_validation["sections"]
     check_genes(model.genes, gathered)

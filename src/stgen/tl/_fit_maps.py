@@ -26,7 +26,11 @@ class MapKeys(NamedTuple):
 
     map_key: str | None
     image_key: str | None
-    low_res: str | None
+    low_res: str | Mapping[str, str] | None  # a mapping for sections of which some have none
+
+    def low_res_of(self, section: str) -> str | None:
+        """The key of a section's low-resolution data; ``None`` to pool its fine map, an empty one for none at all."""
+        return self.low_res.get(section, "") if isinstance(self.low_res, Mapping) else self.low_res
 
 
 def gather_maps(
@@ -47,7 +51,7 @@ def gather_maps(
         "n_bins": int(known),
         "map_key": keys.map_key,
         "image_key": keys.image_key,
-        "low_res": keys.low_res,
+        "low_res": dict(keys.low_res) if isinstance(keys.low_res, Mapping) else keys.low_res,
         **{k: v for k, v in provenance("tl.fit").items() if k == "version"},
     }
     return gathered, record
@@ -84,15 +88,21 @@ def _section(model: MapModel, name: str, sdata: SpatialData, keys: MapKeys) -> M
                 "transformation of one of them: spatialdata.transformations.set_transformation."
             )
         image = _kept(image, grid)
-    if keys.low_res is None:
+    low_res, measurement = keys.low_res_of(name), None
+    if low_res is None:
         measurement = pooled(counts, tissue, config["factor"])
-    else:
-        measurement = measurement_of(sdata, keys.low_res, grid, model.genes)
+    elif low_res:
+        measurement = measurement_of(sdata, low_res, grid, model.genes)
         if measurement.shape == "square" and round(measurement.diameter) != config["factor"]:
             raise ValueError(
-                f"the bins of {keys.low_res!r} of section {name!r} are {measurement.diameter:g} bins of the map wide and the "
+                f"the bins of {low_res!r} of section {name!r} are {measurement.diameter:g} bins of the map wide and the "
                 f"model's factor is {config['factor']}; construct it with factor={round(measurement.diameter)}."
             )
+    elif model.needs_low_res:
+        raise ValueError(
+            f"`low_res` names no low-resolution data of section {name!r}, and this {type(model).__name__} cannot do without; "
+            "name them, or construct a model that can (stgen.models.C3Diff with p_missing > 0)."
+        )
     return MapSection(counts, image, measurement, tissue)
 
 

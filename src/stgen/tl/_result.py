@@ -148,25 +148,25 @@ class MapResult:
             compressors=None,
         )  # fmt: skip
 
-    def put(self, maps: Iterable[np.ndarray], kept: np.ndarray, y: int, x: int) -> None:
-        """Write the piece at row ``y`` and column ``x`` where ``kept`` (h, w) says so.
+    def put(self, maps: Iterable[np.ndarray], kept: np.ndarray, y: int, x: int, genes: slice = slice(None)) -> None:
+        """Write the piece at row ``y`` and column ``x`` of some of the genes, where ``kept`` (h, w) says so.
 
-        ``maps`` gives the samples ``(G, h, w)`` one after the other, and at last their mean.
+        ``maps`` gives the samples ``(genes, h, w)`` one after the other, and at last their mean.
         """
         height, width = kept.shape
         at = slice(y, y + height), slice(x, x + width)
-        center = square = np.zeros((len(self.genes), height, width))
+        center = square = np.zeros((len(self.genes[genes]), height, width))
         for number, values in enumerate(maps):
             if number == self.n_samples:
-                _put(self._arrays[""], (slice(None), *at), values, kept)
+                _put(self._arrays[""], (genes, *at), values, kept)
                 continue
             change = values - center  # Welford's running moments
             center = center + change / (number + 1)
             square = square + change * (values - center)
             if "_samples" in self._arrays:
-                _put(self._arrays["_samples"], (slice(None), number, *at), values, kept)
+                _put(self._arrays["_samples"], (genes, number, *at), values, kept)
         if "_std" in self._arrays:  # the noise is centered: the population form is unbiased
-            _put(self._arrays["_std"], (slice(None), *at), np.sqrt(square / self.n_samples), kept)
+            _put(self._arrays["_std"], (genes, *at), np.sqrt(square / self.n_samples), kept)
 
     def hand_over(self, sdata: SpatialData, entry: dict[str, Any]) -> list[str]:
         """Put the finished result into ``sdata``, from the store if it goes there; return the keys."""

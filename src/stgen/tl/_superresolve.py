@@ -13,7 +13,7 @@ from scipy import ndimage
 from spatialdata import SpatialData
 
 from stgen import models
-from stgen._grid import Grid, ImageWindow, measurement_of
+from stgen._grid import Grid, ImageWindow, get_map, measurement_of
 from stgen._io import find_image, get_section, image_of, provenance, shallow_copy
 from stgen.measurement import Measurement
 from stgen.models import Model
@@ -40,6 +40,7 @@ def superresolve(
     low_res: str | None = None,
     bin_um: float | None = None,
     factor: int | None = None,
+    like: str | None = None,
     n_samples: int = 4,
     steps: int = 25,
     solver: Literal["dpm++", "ddim", "ddpm"] = "dpm++",
@@ -79,6 +80,9 @@ def superresolve(
         Side of the result's bins in µm, if you want it checked: it is the model's.
     factor
         How many times finer than the map ``low_res`` the result is, if you want it checked.
+    like
+        A map in ``sdata.images`` whose bins the result is to have, if not those that follow from ``low_res`` or the
+        image. Without ``low_res``, also what is tissue is taken from there: where the map is not NaN.
     n_samples
         Samples drawn of every map. A deterministic model gives one.
     steps, solver
@@ -152,14 +156,15 @@ def superresolve(
     model = _model_for_maps(model)
     model.check_sampling(steps, solver)
     genes = _genes(model, genes)
-    inputs = [key for key in (image_key, low_res) if key is not None]
+    inputs = [key for key in (image_key, low_res, like) if key is not None]
     check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
     store = check_store(sdata, store, key_added, overwrite=overwrite, copy=copy)
 
-    grid, image_key = _grid(sdata, model, image_key, low_res, bin_um=bin_um, factor=factor, mpp=mpp)
+    grid, image_key = _grid(sdata, model, image_key, low_res, bin_um=bin_um, factor=factor, like=like, mpp=mpp)
     image = _image(sdata, model, grid, image_key)
     measurement = None if low_res is None else measurement_of(sdata, low_res, grid, model.genes)
-    section = Section(model, grid, image, measurement, _tissue(sdata, grid, image_key, measurement, mpp))
+    _check_factor(model, low_res, measurement)
+    section = Section(model, grid, image, measurement, _tissue(sdata, grid, image_key, measurement, like, mpp))
     consistency = bool(consistency and measurement is not None)
     n_samples = n_samples if model.stochastic else 1
     tiling = Tiling.plan(section, tile, batch=min(batch_size, n_samples), consistency=consistency)
@@ -167,7 +172,7 @@ def superresolve(
     target = shallow_copy(sdata) if copy else sdata
     entry = provenance(
         "tl.superresolve", model=type(model).__name__, weights_sha256=model.weights_sha256(),
-        fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, genes=genes, unit="counts per bin",
+        fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, like=like, genes=genes, unit="counts per bin",
         bin_um=grid.bin_um, n_samples=n_samples, steps=steps if model.stochastic else None,
         solver=solver if model.stochastic else None, consistency=consistency, tile=tiling.tile, seed=seed,
     )  # fmt: skip
@@ -223,6 +228,7 @@ def _grid(
     *,
     bin_um: float | None,
     factor: int | None,
+    like: str | None,
     mpp: float | None,
 ) -> tuple[Grid, str | None]:
     """The bins of the result, and the key of the image if one is needed."""
@@ -244,8 +250,10 @@ def _grid(
             f"tables {_named(sdata.tables)}."
         )
     is_map = low_res is not None and low_res in sdata.images
-    if image_key is not None or model.needs_image or not is_map:
+    if image_key is not None or model.needs_image or not (is_map or like):
         image_key = find_image(sdata, image_key)
+    if like is not None:
+        return _grid_like(sdata, like, wanted, factor), image_key
     if not is_map:
         if factor is not None:
             raise ValueError(
@@ -268,11 +276,6 @@ def _grid(
             f"{wanted:g} µm. Leave factor out, or degrade the map by {factor!r}: stgen.pp.degrade(sdata, map_key=..., "
             f"factor={factor!r})."
         )
-    if model.needs_low_res and found != model.config["factor"]:
-        raise ValueError(
-            f"the model was fitted to sharpen maps {model.config['factor']} times, and the bins of {low_res!r} are {found} "
-            "times its own. Use a model fitted for this factor, or a map of that one: stgen.pp.degrade."
-        )
     grid = low.refined(found)
     entry = sdata.attrs.get("stgen", {}).get(low_res, {})
     if entry.get("factor") == found:  # of pp.degrade: the blocks at the lower and right edge may reach out of the map
@@ -281,6 +284,32 @@ def _grid(
         )
         grid = replace(grid, height=int(height), width=int(width))
     return grid, image_key
+
+
+def _grid_like(sdata: SpatialData, like: str, bin_um: float, factor: int | None) -> Grid:
+    """The bins of a map that is there, which must be the model's."""
+    get_map(sdata, like)
+    if factor is not None:
+        raise ValueError(f"the bins are those of like={like!r}; leave `factor` out.")
+    grid = Grid.of_map(sdata, like)
+    if abs(grid.bin_um / bin_um - 1) > 0.01:
+        raise ValueError(
+            f"the bins of {like!r} are {grid.bin_um:.4g} µm, and the model is for {bin_um:g} µm. Name a map of that "
+            "resolution as like=: stgen.pp.rasterize(sdata, bin_um=...)."
+        )
+    return grid
+
+
+def _check_factor(model: Model, low_res: str | None, measurement: Measurement | None) -> None:
+    """Refuse a map that is coarser or finer than those the model was fitted to sharpen."""
+    if measurement is None or measurement.shape != "square" or not model.uses_low_res:
+        return
+    found = round(measurement.diameter)
+    if found != model.config["factor"]:
+        raise ValueError(
+            f"the model was fitted to sharpen maps {model.config['factor']} times, and the bins of {low_res!r} are {found} "
+            "times its own. Use a model fitted for this factor, or a map of that one: stgen.pp.degrade."
+        )
 
 
 def _image(sdata: SpatialData, model: Model, grid: Grid, image_key: str | None) -> ImageWindow | None:
@@ -309,11 +338,18 @@ def _image(sdata: SpatialData, model: Model, grid: Grid, image_key: str | None) 
 
 
 def _tissue(
-    sdata: SpatialData, grid: Grid, image_key: str | None, measurement: Measurement | None, mpp: float | None
+    sdata: SpatialData,
+    grid: Grid,
+    image_key: str | None,
+    measurement: Measurement | None,
+    like: str | None,
+    mpp: float | None,
 ) -> np.ndarray:
     """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue."""
     tissue = np.zeros((grid.height, grid.width), bool)
-    if measurement is None:
+    if measurement is None and like is not None:
+        tissue[:] = np.isfinite(np.asarray(get_map(sdata, like).data[0]))
+    elif measurement is None:
         tissue[:] = _tissue_of_image(sdata, grid, image_key, mpp)
     elif measurement.blocks is not None:
         side = measurement.blocks

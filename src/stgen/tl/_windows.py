@@ -106,7 +106,8 @@ class Tiling:
         margin = max(model.halo, _up(reach, model.align))
         height, width = (_up(n, model.align) for n in (height, width))
         if tile is None:
-            largest = min(math.sqrt(MOST_VALUES / (batch * len(model.genes))) - 2 * margin, LARGEST_TILE)
+            at_a_time = 1 if model.gene_wise else len(model.genes)
+            largest = min(math.sqrt(MOST_VALUES / (batch * at_a_time)) - 2 * margin, LARGEST_TILE)
             tile = min(max(unit, int(largest) // unit * unit), _up(max(height, width), unit))
         elif isinstance(tile, bool) or tile != int(tile) or tile < unit or tile % unit:
             raise ValueError(
@@ -170,7 +171,6 @@ def sample_maps(
 ) -> None:
     """Sample all windows and put counts into the result."""
     model = section.model
-    columns = [model.genes.index(gene) for gene in result.genes]
     noise = NoiseField(seed, n_samples, len(model.genes))
     home, name = model.device, f"superresolve with {type(model).__name__}"
     windows = tiling.windows(section.tissue)
@@ -179,21 +179,32 @@ def sample_maps(
         for window in tqdm(windows, desc=name, unit="window", **({} if progress else {"disable": True})):
             kept = tiling.kept(window) & section.tissue_in(window)
             (y, x), kept = _bounds(kept)
-            samples = draw(
-                section,
-                window,
-                noise,
-                tiling.footprints,
-                batch_size=batch_size,
-                steps=steps,
-                solver=solver,
-                device=device,
-            )
             top, left, *_ = window.outer
-            values = (sample[columns, y, x].cpu().numpy() for sample in samples)
-            result.put(values, kept, top + y.start, left + x.start)
+            for part in gene_parts(section, window, len(result.genes), batch=min(batch_size, n_samples)):
+                columns = [model.genes.index(gene) for gene in result.genes[part]]
+                samples = draw(
+                    section,
+                    window,
+                    noise,
+                    tiling.footprints,
+                    columns,
+                    batch_size=batch_size,
+                    steps=steps,
+                    solver=solver,
+                    device=device,
+                )
+                values = (sample[:, y, x].cpu().numpy() for sample in samples)
+                result.put(values, kept, top + y.start, left + x.start, part)
     finally:
         model.to(home)
+
+
+def gene_parts(section: Section, window: Window, n_genes: int, *, batch: int) -> list[slice]:
+    """The genes of a result in parts that are sampled at a time: as many as memory takes, if the model lets them."""
+    if not section.model.gene_wise:
+        return [slice(0, n_genes)]
+    most = max(1, int(MOST_VALUES // (batch * math.prod(window.outer[2:]))))
+    return [slice(i, min(i + most, n_genes)) for i in range(0, n_genes, most)]
 
 
 @torch.no_grad()
@@ -202,22 +213,28 @@ def draw(
     window: Window,
     noise: NoiseField,
     footprints: Measurement | None,
+    columns: list[int],
     *,
     batch_size: int,
     steps: int,
     solver: str,
     device: str,
 ) -> Iterator[Tensor]:
-    """Samples of a window, counts ``(G, height, width)`` one by one, and after them their mean.
+    """Samples of some genes in a window, counts ``(genes, height, width)`` one by one, and after them their mean.
 
     On the way to a sample, estimates are scaled toward the measurement but may stay negative: noise around zero then
     cancels in the mean of the samples, which is taken on the model's scale. Samples and mean are each brought to counts
-    that are not negative and agree with the measurement.
+    that are not negative and agree with the measurement. ``columns`` are the numbers of the genes among the model's.
     """
-    transform = section.model.transform
+    model, transform = section.model, section.model.transform
     batch = section.batch(window, device)
+    channels, kept = (columns, slice(None)) if model.gene_wise else (None, columns)  # sampled, and kept of those
+    if model.gene_wise:
+        batch["gene"] = torch.as_tensor(columns, device=device)[None]
     agree = None
     if footprints is not None:
+        if model.gene_wise:
+            footprints = footprints.with_counts(footprints.counts[:, columns])
         agree = Consistency(footprints, *window.outer, tissue=section.tissue_in(window)).to(device)
 
     def scaled(x: Tensor) -> Tensor:
@@ -225,16 +242,16 @@ def draw(
 
     def counts_of(x: Tensor) -> Tensor:
         counts = inverse_transform(x, transform).clamp(0, MOST_COUNTS)
-        return counts if agree is None else agree(counts)
+        return (counts if agree is None else agree(counts))[:, kept]
 
     def noise_of(samples: slice) -> Callable[[], Tensor]:
         step = count()
-        return lambda: noise.field(*window.outer, step=next(step), samples=samples)[None].to(device)
+        return lambda: noise.field(*window.outer, next(step), samples, channels)[None].to(device)
 
     total = 0
     for start in range(0, noise.n_samples, batch_size):
         samples = slice(start, min(start + batch_size, noise.n_samples))
-        drawn = section.model.sample(
+        drawn = model.sample(
             batch,
             samples.stop - samples.start,
             steps,
