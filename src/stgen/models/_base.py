@@ -102,6 +102,11 @@ class Model(nn.Module, ABC):
     ) -> Tensor:
         """Draw samples given a batch's conditions, shape ``(B, n_samples, G, ...)``, on the scale ``transform``."""
 
+    @property
+    def sampling_options(self) -> dict[str, Any]:
+        """What else decides how samples are drawn, for the record of a result; JSON values."""
+        return {}
+
     def check_sampling(self, steps: int, solver: Solver) -> None:
         """Refuse a sampler that :meth:`sample` could not use; a model that does not use one takes any."""
 

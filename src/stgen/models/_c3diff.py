@@ -275,6 +275,11 @@ class C3Diff(MapDiffusionModel):
             raise ValueError(f"`guidance` must be a number that is not negative, found {weight!r}.")
         self._guidance = self.config["guidance"] = float(weight)
 
+    @property
+    def sampling_options(self) -> dict[str, Any]:
+        """Guidance."""
+        return {"guidance": self.guidance}
+
     def check_window(self, height: int, width: int) -> None:
         """Refuse a window that the network cannot take."""
         if self.fixed_tile and (height, width) != (self.align, self.align):
@@ -294,12 +299,12 @@ class C3Diff(MapDiffusionModel):
         Raises
         ------
         ValueError
-            If no training tile has a low-resolution map: features of missing ones are then imputed from nothing.
+            If no training section has a low-resolution map: features of missing ones are then imputed from nothing.
         """
         options = {**PRESETS[self.config["preset"]]["training"], **options}
-        if not any(batch["valid"].any() for batch in train.some(N_TILES)):
+        if all(section.measurement is None for section in train.sections):
             raise ValueError(
-                "no training tile has a low-resolution map, which C3-Diff learns from even where it is to do without one. "
+                "no training section has a low-resolution map, which C3-Diff learns from even where it is to do without one. "
                 "Pass low_res=, or leave it out to sum the fine map; for histology alone there is "
                 "models.RegressionUNet(genes, use_low_res=False)."
             )
@@ -338,7 +343,7 @@ class C3Diff(MapDiffusionModel):
         if self.config["residual"]:
             some["mean"] = some["mean"].detach()  # what remains is for the diffusion to model, not to make small
         x_0 = self.to_network(_pick(batch["x"], drawn), some)
-        losses = self.diffusion.loss(lambda x_t, t: self.denoise(x_t, t, some), x_0, known)
+        losses = self.diffusion.loss(lambda x_t, t: self._predict(x_t, t, some), x_0, known)
         if self.config["residual"]:
             losses["mean"] = weighted_mean((batch["x"] / cond["scale"] - cond["mean"]).square(), known)
             losses["loss"] = losses["loss"] + losses["mean"]
@@ -373,7 +378,8 @@ class C3Diff(MapDiffusionModel):
         self.check_window(*m_h.shape[2:])
         here = present.to(h)[:, None, None, None]
         valid = F.avg_pool2d(batch["valid"] * here, self.stride)
-        y = F.avg_pool2d(batch["y"] * here, self.stride) / self.gene_scale.of(batch["y"])
+        y = batch["y"] * here
+        y = F.avg_pool2d(y / self.gene_scale.of(y), self.stride)
         profile = torch.einsum("bghw,gd->bdhw", y, self.profile(self.codes())) / y.shape[1] ** 0.5
         inputs = torch.cat([profile, valid], 1)
         m_y, c_y = (F.normalize(encoder(inputs), dim=1) for encoder in (self.modality_y, self.content_y))
@@ -405,7 +411,8 @@ class C3Diff(MapDiffusionModel):
             return f_y
         tau = self.log_tau.exp().detach() if kind == "similarity" else torch.inf
         filled = f_y.clone()
-        filled[~present] = strength * impute(z_h[~present].detach(), z_h[present].detach(), f_y[present], tau)
+        imputed = impute(z_h[~present].detach(), z_h[present].detach(), f_y[present], tau)
+        filled[~present] = (strength * imputed).to(filled)
         return filled
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
@@ -422,8 +429,9 @@ class C3Diff(MapDiffusionModel):
         hints = torch.cat([features.m_h, features.c_h, *upsampled], 1) * c["width"] ** 0.5
         hints = F.pixel_unshuffle(torch.cat([hints, batch["valid"] * here], 1), c["control_patch"])
         levels = self.control.encode(hints)
-        gene, scale = self._gene_index(batch), self.gene_scale.of(batch["y"]).expand(*batch["y"].shape[:2], 1, 1)
-        y = _pick(batch["y"] * here / scale, gene)
+        gene, y = self._gene_index(batch), batch["y"] * here
+        scale = self.gene_scale.of(y).expand(*y.shape[:2], 1, 1)
+        y = _pick(y / scale, gene)
         cond = {"gene": gene, "y": y, "scale": _pick(scale, gene), "kept": here.new_ones(len(y))}
         if c["residual"]:
             levels = self.control.decode(levels)
@@ -481,7 +489,7 @@ class C3Diff(MapDiffusionModel):
         """The prediction for some of the genes, guided if asked for."""
         some = {name: value[:, genes] if name in PER_GENE else value for name, value in cond.items()}
         conditional = self._predict(x_t[:, genes], t, some)
-        if self.training or self.guidance == 1:
+        if self.guidance == 1:
             return conditional
         nothing = some | {"kept": torch.zeros_like(some["kept"])}
         return guided(conditional, self._predict(x_t[:, genes], t, nothing), self.guidance)
@@ -747,7 +755,7 @@ def impute(z_missing: Tensor, z_present: Tensor, f_y: Tensor, tau: Tensor | floa
     Shape ``(L, ...)``.
     """
     weight = (z_missing @ z_present.T / tau).softmax(1)
-    return torch.tensordot(weight, f_y, 1)
+    return torch.tensordot(weight.to(f_y), f_y, 1)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:

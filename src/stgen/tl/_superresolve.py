@@ -70,7 +70,7 @@ def superresolve(
     image_key
         Histology image; ``None`` if there is one, or the model takes none.
     genes
-        Which of the model's genes to write; all by default. The model always samples all of its genes.
+        Which of the model's genes to write; all by default. Most models sample all of their genes all the same.
     model
         A fitted model for maps, a folder that ``model.save`` wrote, or a Hugging Face Hub id.
     low_res
@@ -175,6 +175,7 @@ def superresolve(
         fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, like=like, genes=genes, unit="counts per bin",
         bin_um=grid.bin_um, n_samples=n_samples, steps=steps if model.stochastic else None,
         solver=solver if model.stochastic else None, consistency=consistency, tile=tiling.tile, seed=seed,
+        **model.sampling_options,
     )  # fmt: skip
     with MapResult(
         grid, genes, n_samples, key_added, keep_samples=keep_samples, store=store, tile=tiling.tile
