@@ -27,6 +27,7 @@ __all__ = [
     "rvd",
     "ssc",
     "ssim",
+    "ssim_map",
     "top_k",
 ]
 
@@ -311,28 +312,47 @@ def ssim(pred: np.ndarray, truth: np.ndarray, data_range: float) -> float:
     Mean over the known bins whose window lies on the map, at most 1; NaN if there is none. Without NaN that is the
     value of :func:`skimage.metrics.structural_similarity` with ``gaussian_weights=True, use_sample_covariance=False``.
     """
+    similarity = ssim_map(pred, truth, data_range)
+    scored = np.isfinite(similarity)
+    return float(similarity[scored].mean()) if scored.any() else float("nan")
+
+
+def ssim_map(pred: np.ndarray, truth: np.ndarray, data_range: float) -> np.ndarray:
+    """Structural similarity of one map with the truth around each bin; parameters as for :func:`ssim`.
+
+    Returns
+    -------
+    Shape ``(H, W)``, at most 1. NaN where either map is, and within 5 bins of the border, where the window does not lie on
+    the map.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.metrics import ssim_map
+    >>> truth = np.random.default_rng(0).random((12, 12))
+    >>> similarity = ssim_map(truth, truth, 1.0)
+    >>> int(np.isfinite(similarity).sum()), round(float(np.nanmin(similarity)), 6)
+    (4, 1.0)
+    """
     pred, truth = np.asarray(pred, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if pred.shape != truth.shape or pred.ndim != 2:
         raise ValueError(f"prediction and truth must both be (height, width), found {pred.shape} and {truth.shape}.")
     if not data_range > 0:
         raise ValueError(f"data_range must be positive, found {data_range!r}.")
     known = np.isfinite(pred) & np.isfinite(truth)
-    scored = known.copy()
-    scored[:5] = scored[-5:] = scored[:, :5] = scored[:, -5:] = False
-    if not scored.any():
-        return float("nan")
+    weight = np.where(known, gaussian_filter(known.astype(np.float64), 1.5, truncate=3.5), np.nan)
+    weight[:5] = weight[-5:] = weight[:, :5] = weight[:, -5:] = np.nan
 
     def local_mean(x: np.ndarray) -> np.ndarray:
-        return gaussian_filter(x, 1.5, truncate=3.5)[scored] / weight
+        return gaussian_filter(x, 1.5, truncate=3.5) / weight
 
-    weight = gaussian_filter(known.astype(np.float64), 1.5, truncate=3.5)[scored]
     p, t = np.where(known, pred, 0), np.where(known, truth, 0)
     mean_p, mean_t = local_mean(p), local_mean(t)
     var_p, var_t = local_mean(p * p) - mean_p**2, local_mean(t * t) - mean_t**2
     covariance = local_mean(p * t) - mean_p * mean_t
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     similarity = (2 * mean_p * mean_t + c1) * (2 * covariance + c2)
-    return float((similarity / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))).mean())
+    return similarity / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))
 
 
 def _pair(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from ._calibration import calibration
+from ._correlation import gene_correlation
+from ._gene_scatter import gene_scatter
+from ._gene_variation import gene_variation
 from ._history import history
+from ._local_ssim import local_ssim
 from ._maps import maps
+from ._samples import samples
 from ._scores import scores
 
-__all__ = ["history", "maps", "scores"]
+__all__ = [
+    "calibration",
+    "gene_correlation",
+    "gene_scatter",
+    "gene_variation",
+    "history",
+    "local_ssim",
+    "maps",
+    "samples",
+    "scores",
+]

@@ -1,8 +1,19 @@
 """Tools: fit models, sharpen maps, predict expression, score predictions."""
 
+from ._cells import aggregate_cells
+from ._correlation import GeneCorrelation, gene_correlation
 from ._evaluate import Scores, evaluate
 from ._fit import fit
 from ._predict import predict_expression
 from ._superresolve import superresolve
 
-__all__ = ["Scores", "evaluate", "fit", "predict_expression", "superresolve"]
+__all__ = [
+    "GeneCorrelation",
+    "Scores",
+    "aggregate_cells",
+    "evaluate",
+    "fit",
+    "gene_correlation",
+    "predict_expression",
+    "superresolve",
+]
