@@ -34,6 +34,8 @@ templates_path = ["_templates"]
 exclude_patterns = ["_build", "Thumbs.db", ".DS_Store", "**.ipynb_checkpoints", "jupyter_execute"]
 default_role = "literal"
 
+os.environ.pop("MPLBACKEND", None)  # a backend named by the shell would keep figures out of the executed notebooks
+
 # Links into other projects' documentation need their inventories from the network. They are a courtesy of the published
 # pages, so they are made where those are built, and a build elsewhere never depends on somebody else's server.
 if os.environ.get("READTHEDOCS") == "True":
