@@ -314,7 +314,7 @@ def test_low_resolution_of_no_section(rasterized):
     assert model.record["low_res"] == {}
     model = c3diff()
     weights = model.weights_sha256()
-    with pytest.raises(ValueError, match="no training tile has a low-resolution map, which C3-Diff learns from"):
+    with pytest.raises(ValueError, match="no training section has a low-resolution map, which C3-Diff learns from"):
         tl.fit(model, rasterized, low_res={}, **KEYS, tile=16, **QUICK)
     assert model.weights_sha256() == weights
     assert not model.fitted
