@@ -125,8 +125,9 @@ def segment_nuclei(
     A pixel is nuclear if its stain is above the threshold and above its surroundings (their Gaussian mean, 4 µm). The
     threshold is Otsu's, once for the section, on windows spread over its tissue: of the light that hematoxylin lets
     through, or of the square root of an intensity, so that a few very dark or bright nuclei do not raise it. Touching
-    nuclei are split along the watershed of the distance to the rim. What stands out by less than a tenth of the threshold
-    is dropped.
+    nuclei are split along the watershed of the distance to the rim, and what is still too large for a nucleus where the
+    stain is weaker. What stands out by less than a tenth of the threshold is dropped. Where tissue shows nothing but
+    noise, there are no nuclei.
 
     Tiles overlap, and a nucleus is taken as a whole from the tile in which its center lies.
 
