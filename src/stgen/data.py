@@ -146,12 +146,19 @@ class MapSection:
         The low-resolution data, if there are any.
     tissue
         Which bins are known, shape ``(H, W)``.
+    labels
+        Function of a window like ``image`` that gives the share of each pixel that is labeled, ``(1, s height, s width)``,
+        for models that look at it.
+    text
+        What a prompt says, ``(D,)``, for models that take one.
     """
 
     counts: Any
     image: Callable[[int, int, int, int], np.ndarray]
     measurement: Measurement | None
     tissue: np.ndarray
+    labels: Callable[[int, int, int, int], np.ndarray] | None = None
+    text: np.ndarray | None = None
 
 
 class MapData:
@@ -242,8 +249,11 @@ class MapData:
         }
         if section.measurement is not None:
             parts |= low_resolution_input(section.measurement, y, x, tile, tile, self.transform, self.kernel)
+        if section.labels is not None:
+            parts["s"] = torch.as_tensor(np.asarray(section.labels(y, x, tile, tile), np.float32))
         moved = {name: dihedral(value, view).contiguous() for name, value in parts.items()}
-        return {"index": torch.as_tensor(i), **moved}
+        text = {} if section.text is None else {"text": torch.as_tensor(section.text)}
+        return {"index": torch.as_tensor(i), **moved, **text}
 
     def some(self, n: int) -> Iterator[Batch]:
         """At most ``n`` tiles, evenly spread over all, each as a batch of one."""

@@ -57,7 +57,9 @@ def fit(
     Parameters
     ----------
     model
-        The model. Its ``loss(batch)`` is minimized with AdamW at a constant learning rate.
+        The model. Its ``loss(batch)`` is minimized with AdamW at a constant learning rate. Where it has an ``adversary``,
+        both take a step each time: the model on ``"loss"``, the adversary on ``"discriminator"``, and the validation and
+        the average of weights are of the model only.
     train, validation
         Datasets. Without ``validation`` all ``steps`` are taken and the last weights are kept.
     steps
@@ -160,9 +162,11 @@ class _State:
         from diffusers.training_utils import EMAModel  # heavy, and needed only here
 
         self.model, self.accelerator, self.signature = model.train(), accelerator, signature
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.opposed = [] if model.adversary is None else list(model.adversary.parameters())
+        apart = {id(parameter) for parameter in self.opposed}
+        self.parameters = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+        optimizer = torch.optim.AdamW([*self.parameters, *self.opposed], lr=lr, weight_decay=weight_decay)
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        self.parameters = list(model.parameters())
         self.ema = EMAModel(self.parameters, decay=ema_decay)
         self.step, self.stale, self.best_loss, self.stopped = 0, 0, float("inf"), False
         self.best: list[torch.Tensor] | None = None
@@ -174,9 +178,10 @@ class _State:
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         with self.accelerator.autocast():
             losses = self.wrapped(batch)
-        self.accelerator.backward(losses["loss"])
+        self.accelerator.backward(losses["loss"] + losses.get("discriminator", 0))  # each reaches its own weights only
         if max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)
+            self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)  # first undoes a scale, of all gradients
+            torch.nn.utils.clip_grad_norm_(self.opposed, max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.parameters)

@@ -1,4 +1,4 @@
-"""Models: one contract, one file per paper. Needs torch and numpy; imports neither anndata nor spatialdata."""
+"""Models: one contract, one file per paper. Needs torch, numpy and pandas; imports neither anndata nor spatialdata."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from stgen.models._base import DiffusionModel, Model, read_config
 from stgen.models._baselines import LinearProbe, Retrieval, TrainingMean
 from stgen.models._c3diff import C3Diff
 from stgen.models._diffst import DiffST
+from stgen.models._hadmst import HaDMST
 from stgen.models._map_baselines import Interpolate, PixelProbe, RegressionUNet
 from stgen.models._maps import MapModel
 from stgen.models._stem import Stem
@@ -17,6 +18,7 @@ __all__ = [
     "C3Diff",
     "DiffST",
     "DiffusionModel",
+    "HaDMST",
     "Interpolate",
     "LinearProbe",
     "MapModel",

@@ -191,9 +191,18 @@ class SteppedModel(Model):
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
 
+    @property
+    def adversary(self) -> nn.Module | None:
+        """The part of the model that is trained against the rest, if there is one."""
+        return None
+
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Training losses of a batch: the total under ``"loss"``, every term by its name."""
+        """Training losses of a batch: the total under ``"loss"``, every term by its name.
+
+        With an :attr:`adversary`, in training, also ``"discriminator"``: what it minimizes. No gradient of it reaches the
+        rest of the model, and none of ``"loss"`` the adversary.
+        """
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """:meth:`loss`, under the name that wrappers for several GPUs call."""

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from stgen.data import Batch, MapData
 from stgen.diffusion import Diffusion, weighted_mean
 from stgen.models._layers import ImageStem, ResBlock, Standardize, UNet, UNetEncoder, timestep_embedding
-from stgen.models._maps import N_TILES, GeneScale, GeneScaleKind, ImageScale, MapDiffusionModel
+from stgen.models._maps import (
+    N_TILES,
+    GeneScale,
+    GeneScaleKind,
+    ImageScale,
+    MapDiffusionModel,
+    check_not_negative,
+    check_shares,
+    from_preset,
+    hidden_apart,
+)
 from stgen.transforms import TransformName
 
 __all__ = ["C3Diff"]
@@ -29,15 +39,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "scale": "std", "residual": True, "prediction": "v", "width": 32, "code": 64,
         "widths": [16, 32, 48], "control_widths": [32, 64, 96], "blocks": 1, "attention": [], "patch": 2,
-        "control_patch": 1, "genes_per_tile": 8, "px_um": None, "tile_um": None, "schedule": {},
+        "control_patch": 1, "genes_per_tile": 8, "modal_weight": 0.005, "content_weight": 0.005,
+        "inter_sphere_weight": 0.003, "px_um": None, "tile_um": None, "schedule": {},
         "training": {
-            "steps": 600, "batch_size": 8, "lr": 2e-3, "weight_decay": 1e-4, "ema_decay": 0.99, "evaluate_every": 50,
+            "steps": 1000, "batch_size": 8, "lr": 2e-3, "weight_decay": 1e-4, "ema_decay": 0.99, "evaluate_every": 50,
         },
     },
     "paper": {  # the paper's supplement is not public: sizes of the released code, see the methods page
         "scale": "map", "residual": False, "prediction": "epsilon", "width": 55, "code": 224,
         "widths": [224, 448, 672, 896], "control_widths": [224, 448, 672, 896], "blocks": 2, "attention": [1, 2, 3],
-        "patch": 4, "control_patch": 4, "genes_per_tile": 1, "px_um": 10.0, "tile_um": 2560.0,
+        "patch": 4, "control_patch": 4, "genes_per_tile": 1, "modal_weight": 0.05, "content_weight": 0.05,
+        "inter_sphere_weight": 0.03, "px_um": 10.0, "tile_um": 2560.0,
         "schedule": {"schedule": "scaled_linear", "beta_min": 0.00085, "beta_max": 0.012},
         "training": {
             "steps": 100_000, "batch_size": 8, "lr": 1e-4, "weight_decay": 1e-2, "ema_decay": 0.9999,
@@ -91,7 +103,8 @@ class C3Diff(MapDiffusionModel):
     sigma
         Its standard deviation, which the paper does not state.
     modal_weight, content_weight, inter_sphere_weight
-        Weights of the three contrastive losses; 0 leaves one out. The paper does not state them.
+        Weights of the three contrastive losses; 0 leaves one out. The paper does not state them: its preset has those of
+        the released code, the default a tenth of that.
     imputation
         What stands for the features of a missing low-resolution map in training, until half of it is done: those of
         tiles with ``"similarity"`` in histology (the paper's), the ``"mean"`` of all, or ``"zero"``. ``"drop"`` leaves such
@@ -145,14 +158,14 @@ class C3Diff(MapDiffusionModel):
         preset: Literal["default", "paper"] = "default",
         transform: TransformName = "log1p_raw",
         gene_embedding: pd.DataFrame | int | None = None,
-        p_missing: float = 0.3,
+        p_missing: float = 0.5,
         p_unconditional: float = 0.1,
         guidance: float = 1.0,
         augmentation: bool = True,
         sigma: float = 0.03,
-        modal_weight: float = 0.05,
-        content_weight: float = 0.05,
-        inter_sphere_weight: float = 0.03,
+        modal_weight: float | None = None,
+        content_weight: float | None = None,
+        inter_sphere_weight: float | None = None,
         imputation: Imputation = "similarity",
         residual: bool | None = None,
         scale: GeneScaleKind | None = None,
@@ -167,21 +180,19 @@ class C3Diff(MapDiffusionModel):
         control_patch: int | None = None,
         genes_per_tile: int | None = None,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, found {preset!r}.")
         if imputation not in get_args(Imputation):
             raise ValueError(
                 f"`imputation` must be one of {', '.join(map(repr, get_args(Imputation)))}, found {imputation!r}."
             )
-        for name, p in (("p_missing", p_missing), ("p_unconditional", p_unconditional)):
-            if not 0 <= p < 1:
-                raise ValueError(f"`{name}` must be a share in [0, 1), found {p!r}.")
+        check_shares(p_missing=p_missing, p_unconditional=p_unconditional)
         given = {
-            "residual": residual, "scale": scale, "prediction": prediction, "width": width, "code": code,
-            "widths": _list(widths), "control_widths": _list(control_widths), "blocks": blocks,
-            "attention": _list(attention), "patch": patch, "control_patch": control_patch, "genes_per_tile": genes_per_tile,
+            "residual": residual, "scale": scale, "prediction": prediction, "width": width, "code": code, "widths": widths,
+            "control_widths": control_widths, "blocks": blocks, "attention": attention, "patch": patch,
+            "control_patch": control_patch, "genes_per_tile": genes_per_tile, "modal_weight": modal_weight,
+            "content_weight": content_weight, "inter_sphere_weight": inter_sphere_weight,
         }  # fmt: skip
-        chosen = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
+        chosen = from_preset(PRESETS, preset, given, bin_um=bin_um, px_per_bin=px_per_bin)
+        check_not_negative(sigma=sigma, **{name: chosen[name] for name in given if name.endswith("_weight")})
         if len(chosen["widths"]) != len(chosen["control_widths"]):
             raise ValueError(
                 f"`widths` and `control_widths` must be of the same length, found {chosen['widths']} and "
@@ -191,19 +202,15 @@ class C3Diff(MapDiffusionModel):
             raise ValueError(
                 f"`patch` must be a multiple of `control_patch`, found {chosen['patch']} and {chosen['control_patch']}."
             )
-        if px_per_bin is None and chosen["px_um"]:
-            px_per_bin = max(1, round(bin_um / chosen["px_um"]))
         table = _table(gene_embedding, genes) if isinstance(gene_embedding, pd.DataFrame) else None
         super().__init__(
-            genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels, px_per_bin=px_per_bin,
+            genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels, px_per_bin=chosen["px_per_bin"],
             transform=transform, preset=preset, gene_embedding=gene_embedding if table is None else table.shape[1],
             p_missing=p_missing, p_unconditional=p_unconditional, guidance=guidance, augmentation=augmentation, sigma=sigma,
-            modal_weight=modal_weight, content_weight=content_weight, inter_sphere_weight=inter_sphere_weight,
             imputation=imputation, **{k: chosen[k] for k in given},
         )  # fmt: skip
         c = self.config
-        n_genes, d, levels = len(self.genes), c["width"], len(c["widths"])
-        self.align = 2 ** (levels - 1) * c["patch"]
+        self.align = 2 ** (len(c["widths"]) - 1) * c["patch"]
         self.fixed_tile = chosen["tile_um"] is not None
         if self.fixed_tile:
             self.align *= max(1, round(chosen["tile_um"] / bin_um / self.align))
@@ -211,14 +218,22 @@ class C3Diff(MapDiffusionModel):
         self.needs_low_res = p_missing == 0
         self.guidance = guidance
         self.diffusion = Diffusion(prediction=c["prediction"], **chosen["schedule"])
-
-        self.image_scale, self.gene_scale = ImageScale(image_channels), GeneScale(n_genes, c["scale"])
-        self.codes = GeneCode(n_genes, c["code"], c["gene_embedding"])
+        self.image_scale = ImageScale(image_channels)
+        self.gene_scale = GeneScale(len(self.genes), c["scale"])
+        self.codes = GeneCode(len(self.genes), c["code"], c["gene_embedding"])
         if table is not None:
             self.codes.table.copy_(torch.as_tensor(table))
+        self._make_encoders()
+        self._make_control()
+        self._make_denoiser()
+        self.initialize()
+
+    def _make_encoders(self) -> None:
+        """Four encoders, their projections, and the learned temperature."""
+        c, d = self.config, self.config["width"]
         self.stride = math.gcd(4, self.align)  # at which low-resolution maps, which are smooth, are encoded
         self.modality_h, self.content_h = (
-            nn.Sequential(ImageStem(image_channels, d, c["px_per_bin"]), ResBlock(d, d)) for _ in range(2)
+            nn.Sequential(ImageStem(c["image_channels"], d, c["px_per_bin"]), ResBlock(d, d)) for _ in range(2)
         )
         self.profile = nn.Linear(c["code"], 2 * d)
         self.modality_y, self.content_y = (
@@ -232,7 +247,10 @@ class C3Diff(MapDiffusionModel):
         )
         self.log_tau = nn.Parameter(torch.tensor(math.log(TAU)))
 
-        hints, control = (4 * d + 1) * c["control_patch"] ** 2, c["control_widths"]
+    def _make_control(self) -> None:
+        """The control branch, with ``residual`` the regression on it, and the ways into the denoiser."""
+        c = self.config
+        hints, control = (4 * c["width"] + 1) * c["control_patch"] ** 2, c["control_widths"]
         if c["residual"]:
             self.control: UNetEncoder = UNet(
                 hints, c["code"] * c["control_patch"] ** 2, control, None, c["blocks"], c["attention"]
@@ -245,12 +263,14 @@ class C3Diff(MapDiffusionModel):
         self.inject = nn.ModuleList(
             ZeroControl(ratio * a, b, c["code"]) for a, b in zip(control, c["widths"], strict=True)
         )
-        time = 4 * c["code"]
+
+    def _make_denoiser(self) -> None:
+        """The denoising U-Net, and what tells it noise level and gene."""
+        c, time = self.config, 4 * self.config["code"]
         self.time = nn.Sequential(nn.Linear(128, time), nn.SiLU(), nn.Linear(time, time))
         self.gene = nn.Linear(c["code"], time)
         side = c["patch"] ** 2
         self.unet = UNet((2 + c["residual"]) * side, side, c["widths"], time, c["blocks"], c["attention"])
-        self.initialize()
 
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
@@ -279,15 +299,6 @@ class C3Diff(MapDiffusionModel):
     def sampling_options(self) -> dict[str, Any]:
         """Guidance."""
         return {"guidance": self.guidance}
-
-    def check_window(self, height: int, width: int) -> None:
-        """Refuse a window that the network cannot take."""
-        if self.fixed_tile and (height, width) != (self.align, self.align):
-            raise ValueError(
-                f"C3Diff(preset={self.config['preset']!r}) takes tiles of {self.align} x {self.align} bins and no others, found "
-                f"{height} x {width}."
-            )
-        super().check_window(height, width)
 
     # ---- fitting -----------------------------------------------------------------------------------------------
 
@@ -453,14 +464,6 @@ class C3Diff(MapDiffusionModel):
         _, *shape = super().sample_shape(batch)
         return (self._gene_index(batch).shape[1], *shape)
 
-    def to_network(self, x: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Divide by the scale and subtract the predicted mean, if there is one."""
-        return x / cond["scale"] - cond["mean"] if "mean" in cond else x / cond["scale"]
-
-    def from_network(self, x_0: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Undo :meth:`to_network`."""
-        return (x_0 + cond["mean"] if "mean" in cond else x_0) * cond["scale"]
-
     # ---- denoising ---------------------------------------------------------------------------------------------
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -480,10 +483,8 @@ class C3Diff(MapDiffusionModel):
         Shape ``(B, G, H, W)``.
         """
         chunk = max(1, MOST_VALUES // (len(x_t) * x_t.shape[2] * x_t.shape[3]))
-        parts = range(0, x_t.shape[1], chunk if not torch.is_grad_enabled() else x_t.shape[1])
-        return torch.cat(
-            [self._guided(x_t, t, cond, slice(i, i + chunk if len(parts) > 1 else None)) for i in parts], 1
-        )
+        parts = [slice(i, i + chunk) for i in range(0, x_t.shape[1], chunk)]
+        return torch.cat([self._guided(x_t, t, cond, part) for part in parts], 1)
 
     def _guided(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], genes: slice) -> Tensor:
         """The prediction for some of the genes, guided if asked for."""
@@ -766,14 +767,6 @@ def guided(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
 # ---- small things ----------------------------------------------------------------------------------------------
 
 
-def hidden_apart(present: Tensor, p: float) -> Tensor:
-    """Which samples are not hidden when each is with probability ``p``; one that is present never is, shape ``(B,)``."""
-    chance = torch.rand(len(present), device=present.device)
-    shown = chance >= p
-    shown[torch.where(present, chance, -1.0).argmax()] = True
-    return shown
-
-
 def _ridge(z: Tensor, target: Tensor) -> Tensor:
     """Coefficients and, last, intercepts of a ridge regression whose penalty is chosen by generalized cross-validation."""
     from sklearn.linear_model import RidgeCV
@@ -799,10 +792,6 @@ def _table(table: pd.DataFrame, genes: Sequence[str]) -> np.ndarray:
 def _of_genes(name: str) -> bool:
     """Whether a tensor of the state is of the genes, rather than of the networks that all share."""
     return name in ("gene_scale.scale", "codes.statistics", "codes.table")
-
-
-def _list(values: Sequence[int] | None) -> list[int] | None:
-    return None if values is None else list(values)
 
 
 def _pick(value: Tensor, gene: Tensor) -> Tensor:

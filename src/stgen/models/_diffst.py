@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stgen.data import Batch, MapData
 from stgen.diffusion import Diffusion, weighted_mean
 from stgen.models._layers import ChannelNorm, ImageStem, ResBlock, UNet, timestep_embedding
-from stgen.models._maps import N_TILES, GeneScale, GeneScaleKind, ImageScale, MapDiffusionModel
+from stgen.models._maps import N_TILES, GeneScale, GeneScaleKind, ImageScale, MapDiffusionModel, from_preset
 from stgen.transforms import TransformName
 
 __all__ = ["DiffST"]
@@ -144,25 +144,17 @@ class DiffST(MapDiffusionModel):
         blocks: int | None = None,
         attention: Sequence[int] | None = None,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, found {preset!r}.")
         given = {
             "residual": residual, "scale": scale, "prediction": prediction, "width": width, "region": region, "reach": reach,
             "widths": widths, "mean_widths": mean_widths, "blocks": blocks, "attention": attention,
         }  # fmt: skip
-        chosen = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
-        options = {
-            k: list(chosen[k]) if isinstance(chosen[k], Sequence) and k != "scale" and k != "prediction" else chosen[k]
-            for k in given
-        }
-        if px_per_bin is None and chosen["px_um"]:
-            px_per_bin = max(1, round(bin_um / chosen["px_um"]))
+        chosen = from_preset(PRESETS, preset, given, bin_um=bin_um, px_per_bin=px_per_bin)
         super().__init__(
             genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels,
-            px_per_bin=px_per_bin, transform=transform,
+            px_per_bin=chosen["px_per_bin"], transform=transform,
             preset=preset, modulation=modulation, graph=graph, hierarchy=hierarchy, disentangle=disentangle,
             curriculum=curriculum, alpha=alpha, disentangling_weight=disentangling_weight,
-            learned_variance=learned_variance, **options,
+            learned_variance=learned_variance, **{k: chosen[k] for k in given},
         )  # fmt: skip
         c = self.config
         n_genes, d = len(self.genes), c["width"]
@@ -194,15 +186,6 @@ class DiffST(MapDiffusionModel):
             inputs, n_genes * (2 if learned_variance else 1), c["widths"], 4 * d, c["blocks"], c["attention"]
         )
         self.initialize()
-
-    def check_window(self, height: int, width: int) -> None:
-        """Refuse a window that the network cannot take."""
-        if self.fixed_tile and (height, width) != (self.align, self.align):
-            raise ValueError(
-                f"DiffST(preset={self.config['preset']!r}) takes tiles of {self.align} x {self.align} bins and no others, found "
-                f"{height} x {width}."
-            )
-        super().check_window(height, width)
 
     # ---- fitting -----------------------------------------------------------------------------------------------
 
@@ -269,14 +252,6 @@ class DiffST(MapDiffusionModel):
         if self.mean is not None:
             cond["mean"] = self.mean(torch.cat([features, batch["y"] / scale, batch["valid"]], 1))
         return cond
-
-    def to_network(self, x: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Divide by the scale and subtract the predicted mean, if there is one."""
-        return x / cond["scale"] - cond["mean"] if "mean" in cond else x / cond["scale"]
-
-    def from_network(self, x_0: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Undo :meth:`to_network`."""
-        return (x_0 + cond["mean"] if "mean" in cond else x_0) * cond["scale"]
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """The conditional denoising U-Net over all genes jointly. Diff-ST, Eq. 2.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,7 +15,16 @@ from stgen.models._base import DiffusionModel, Model
 from stgen.models._layers import draw_weights
 from stgen.transforms import TransformName, inverse_transform
 
-__all__ = ["GeneScale", "ImageScale", "MapDiffusionModel", "MapModel"]
+__all__ = [
+    "GeneScale",
+    "ImageScale",
+    "MapDiffusionModel",
+    "MapModel",
+    "check_not_negative",
+    "check_shares",
+    "from_preset",
+    "hidden_apart",
+]
 
 N_TILES = 256  # training tiles that constants are taken from
 VALUES_PER_TILE = 4096
@@ -59,12 +68,17 @@ class MapModel(Model):
         What the model cannot do without.
     uses_low_res
         Whether the model looks at the low-resolution data where there are any.
+    needs_labels, needs_text
+        Whether the model looks at a mask of nuclei (``s`` in a batch), and takes a prompt (``text``), of which
+        ``embed_prompt(prompt)`` makes a vector.
     """
 
     takes: ClassVar[Literal["locations", "maps"]] = "maps"
     needs_image: ClassVar[bool] = True
     needs_low_res: bool = True
     uses_low_res: bool = True
+    needs_labels: bool = False
+    needs_text: bool = False
     gene_wise: ClassVar[bool] = False
     align: int = 1
     halo: int = 0
@@ -100,7 +114,12 @@ class MapModel(Model):
         return max(1, round(TILE_UM / self.config["bin_um"] / self.align)) * self.align
 
     def check_window(self, height: int, width: int) -> None:
-        """Refuse a window whose sides are not multiples of ``align``."""
+        """Refuse a window that the network cannot take."""
+        if self.fixed_tile and (height, width) != (self.align, self.align):
+            raise ValueError(
+                f"this {type(self).__name__} takes tiles of {self.align} x {self.align} bins and no others, found "
+                f"{height} x {width}."
+            )
         if height % self.align or width % self.align:
             raise ValueError(
                 f"{type(self).__name__} takes windows whose sides are multiples of {self.align} bins, found {height} x "
@@ -135,16 +154,64 @@ class PointMapModel(MapModel):
 
 
 class MapDiffusionModel(MapModel, DiffusionModel):
-    """A map model that diffuses."""
+    """A map model that diffuses; its condition has a ``scale`` for each gene and, for a residual, the predicted ``mean``."""
 
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
         draw_weights(self)
 
+    def to_network(self, x: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """Divide by the scale and subtract the predicted mean, if there is one."""
+        return x / cond["scale"] - cond["mean"] if "mean" in cond else x / cond["scale"]
+
+    def from_network(self, x_0: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """Undo :meth:`to_network`."""
+        return (x_0 + cond["mean"] if "mean" in cond else x_0) * cond["scale"]
+
     def sample_shape(self, batch: Batch) -> tuple[int, ...]:
         """``(G, H, W)``."""
         height, width = (n // self.config["px_per_bin"] for n in batch["h"].shape[-2:])
         return (len(self.genes), height, width)
+
+
+def from_preset(
+    presets: Mapping[str, Mapping[str, Any]],
+    preset: str,
+    given: Mapping[str, Any],
+    *,
+    bin_um: float,
+    px_per_bin: int | None,
+) -> dict[str, Any]:
+    """A preset with what is given (not ``None``) in place of its own; and ``px_per_bin``, of the preset's ``"px_um"``."""
+    if preset not in presets:
+        raise ValueError(f"`preset` must be one of {', '.join(map(repr, presets))}, found {preset!r}.")
+    chosen = presets[preset] | {k: v for k, v in given.items() if v is not None}
+    if px_per_bin is None and chosen["px_um"]:
+        px_per_bin = max(1, round(bin_um / chosen["px_um"]))
+    lists = {k: list(v) for k, v in chosen.items() if isinstance(v, Sequence) and not isinstance(v, str)}
+    return {**chosen, **lists, "px_per_bin": px_per_bin}
+
+
+def check_shares(**values: float) -> None:
+    """Refuse what is no share of something that must not be all of it."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"`{name}` must be a share in [0, 1), found {value!r}.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuse negative and infinite numbers."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"`{name}` must be a number that is not negative, found {value!r}.")
+
+
+def hidden_apart(present: Tensor, p: float) -> Tensor:
+    """Which samples are not hidden when each is with probability ``p``; one that is present never is, shape ``(B,)``."""
+    chance = torch.rand(len(present), device=present.device)
+    shown = chance >= p
+    shown[torch.where(present, chance, -1.0).argmax()] = True
+    return shown
 
 
 class GeneScale(nn.Module):

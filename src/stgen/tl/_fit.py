@@ -34,6 +34,8 @@ def fit(
     map_key: str | None = None,
     image_key: str | None = None,
     low_res: str | Mapping[str, str] | None = None,
+    labels_key: str | None = None,
+    prompt: str | Mapping[str, str] | None = None,
     tile: int | None = None,
     validation: float | Data | Mapping[str, Data] = 0.125,
     seed: int = 0,
@@ -67,6 +69,11 @@ def fit(
         default the fine map itself is summed over blocks of the model's ``factor``; what was measured apart from the
         truth, or by spots, is nearer to what the model will meet. A mapping names them section by section; sections that
         it leaves out have none, for models that can do without.
+    labels_key
+        For models that look at nuclei: their mask in ``sdata.labels``, as :func:`stgen.pp.segment_nuclei` makes it.
+    prompt
+        For models that take text: what the image shows, such as ``"H&E of invasive ductal carcinoma of the breast"``. A
+        mapping gives one for each section.
     tile
         For models of maps: side of the training tiles in bins; the model's own by default. Tiles are cut at many offsets
         and turned and mirrored, map, low-resolution map and image together.
@@ -106,7 +113,10 @@ def fit(
     sections = dict(data) if isinstance(data, Mapping) else {"section": data}
     if "device" in options:
         check_device(options["device"])
-    for_maps = {"map_key": map_key, "image_key": image_key, "low_res": low_res, "tile": tile}
+    for_maps = {
+        "map_key": map_key, "image_key": image_key, "low_res": low_res, "labels_key": labels_key, "prompt": prompt,
+        "tile": tile,
+    }  # fmt: skip
     for_locations = {"embedding_key": embedding_key, "table_key": table_key, "layer": layer}
     useless = [k for k, v in (for_locations if model.takes == "maps" else for_maps).items() if v is not None]
     if useless:
@@ -115,7 +125,8 @@ def fit(
         )
     rng = np.random.default_rng(seed)
     if model.takes == "maps":
-        train, held_out, record = _maps(model, sections, MapKeys(map_key, image_key, low_res), tile, validation, rng)
+        keys = MapKeys(map_key, image_key, low_res, labels_key, prompt)
+        train, held_out, record = _maps(model, sections, keys, tile, validation, rng)
         n = f"{record['n_bins']} bins"
     else:
         if not isinstance(validation, int | float):
@@ -153,12 +164,13 @@ def _maps(
     model.check_window(tile, tile)
     of_validation = {} if isinstance(validation, int | float) else validation
     named = dict(of_validation) if isinstance(of_validation, Mapping) else {"validation": of_validation}
-    unknown = set(keys.low_res) - {*sections, *named} if isinstance(keys.low_res, Mapping) else ()
-    if unknown:
-        raise ValueError(
-            f"`low_res` names data of {', '.join(map(repr, sorted(unknown)))}, which is none of the sections: "
-            f"{', '.join(map(repr, [*sections, *named]))}."
-        )
+    for argument, given in (("low_res", keys.low_res), ("prompt", keys.prompt)):
+        unknown = set(given) - {*sections, *named} if isinstance(given, Mapping) else ()
+        if unknown:
+            raise ValueError(
+                f"`{argument}` names data of {', '.join(map(repr, sorted(unknown)))}, which is none of the sections: "
+                f"{', '.join(map(repr, [*sections, *named]))}."
+            )
     gathered, record = gather_maps(model, sections, keys)
     if isinstance(validation, int | float):
         gathered, apart = split_maps(gathered, validation, tile, rng)
@@ -166,6 +178,7 @@ def _maps(
     else:
         apart, of_validation = gather_maps(model, named, keys)
         record["validation"] = of_validation["sections"]
+        record |= {"prompts": record["prompts"] | of_validation["prompts"]} if model.needs_text else {}
     check_genes(model.genes, gathered)
     train = cut_tiles(model, gathered, tile, "training")
     if not any(section.tissue.any() for section in apart):

@@ -11,11 +11,13 @@ from spatialdata import SpatialData
 
 from stgen._grid import Grid, get_map, map_counts_checked, measurement_of
 from stgen._io import find_image, provenance
+from stgen._labels import labels_window
 from stgen.data import MapData, MapSection
 from stgen.measurement import Measurement
 from stgen.models import MapModel
+from stgen.models._text import check_prompt
 
-__all__ = ["MapKeys", "check_genes", "cut_tiles", "gather_maps", "split_maps"]
+__all__ = ["MapKeys", "check_genes", "check_uses", "cut_tiles", "gather_maps", "split_maps", "text_vectors"]
 
 IN_MEMORY = 4e9  # bytes of a map or an image up to which it is read once and kept
 BLOCK = 1024  # bins read at a time
@@ -27,10 +29,16 @@ class MapKeys(NamedTuple):
     map_key: str | None
     image_key: str | None
     low_res: str | Mapping[str, str] | None  # a mapping for sections of which some have none
+    labels_key: str | None = None
+    prompt: str | Mapping[str, str] | None = None  # a mapping for sections that differ
 
     def low_res_of(self, section: str) -> str | None:
         """The key of a section's low-resolution data; ``None`` to pool its fine map, an empty one for none at all."""
         return self.low_res.get(section, "") if isinstance(self.low_res, Mapping) else self.low_res
+
+    def prompt_of(self, section: str) -> str | None:
+        """What a section's image shows."""
+        return self.prompt.get(section) if isinstance(self.prompt, Mapping) else self.prompt
 
 
 def gather_maps(
@@ -44,7 +52,9 @@ def gather_maps(
             f"{type(model).__name__} is fitted on maps: pass map_key=<fine map in sdata.images>. stgen.pp.rasterize(sdata, "
             "bin_um=...) makes one from molecules or cells."
         )
-    gathered = [_section(model, name, sdata, keys) for name, sdata in sections.items()]
+    check_uses(model, labels_key=keys.labels_key, prompt=keys.prompt)
+    prompts = text_vectors(model, [keys.prompt_of(name) for name in sections])
+    gathered = [_section(model, name, sdata, keys, prompts) for name, sdata in sections.items()]
     known = sum(section.tissue.sum() for section in gathered)
     record = {
         "sections": list(sections),
@@ -52,12 +62,37 @@ def gather_maps(
         "map_key": keys.map_key,
         "image_key": keys.image_key,
         "low_res": dict(keys.low_res) if isinstance(keys.low_res, Mapping) else keys.low_res,
+        **({"labels_key": keys.labels_key} if model.needs_labels else {}),
+        **({"prompts": {prompt: vector.tolist() for prompt, vector in prompts.items()}} if model.needs_text else {}),
         **{k: v for k, v in provenance("tl.fit").items() if k == "version"},
     }
     return gathered, record
 
 
-def _section(model: MapModel, name: str, sdata: SpatialData, keys: MapKeys) -> MapSection:
+def check_uses(model: MapModel, *, labels_key: str | None, prompt: str | Mapping[str, str] | None) -> None:
+    """Refuse what the model has no use for, and the lack of what it needs."""
+    name = type(model).__name__
+    if labels_key is not None and not model.needs_labels:
+        raise ValueError(f"this {name} does not look at labels; leave `labels_key` out.")
+    if labels_key is None and model.needs_labels:
+        raise ValueError(
+            f"this {name} looks at the nuclei: pass labels_key=<their mask in sdata.labels>. stgen.pp.segment_nuclei(sdata) "
+            f"makes one from the image; {name}(..., segmentation=False) does without."
+        )
+    if prompt is not None and not model.needs_text:
+        raise ValueError(f"this {name} takes no text; leave `prompt` out.")
+
+
+def text_vectors(model: MapModel, prompts: list[str | None]) -> dict[str, np.ndarray]:
+    """What the model makes of prompts, each embedded once; nothing for a model that takes none."""
+    if not model.needs_text:
+        return {}
+    return {prompt: model.embed_prompt(prompt) for prompt in dict.fromkeys(map(check_prompt, prompts))}
+
+
+def _section(
+    model: MapModel, name: str, sdata: SpatialData, keys: MapKeys, prompts: Mapping[str, np.ndarray]
+) -> MapSection:
     """One section, checked against what the model takes."""
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"maps are in SpatialData objects; section {name!r} is a {type(sdata).__name__}.")
@@ -103,7 +138,12 @@ def _section(model: MapModel, name: str, sdata: SpatialData, keys: MapKeys) -> M
             f"`low_res` names no low-resolution data of section {name!r}, and this {type(model).__name__} cannot do without; "
             "name them, or construct a model that can (stgen.models.C3Diff with p_missing > 0)."
         )
-    return MapSection(counts, image, measurement, tissue)
+    labels = text = None
+    if model.needs_labels:
+        labels = _kept(labels_window(sdata, keys.labels_key, grid, px_per_bin=config["px_per_bin"]), grid)
+    if model.needs_text:
+        text = prompts[check_prompt(keys.prompt_of(name))]
+    return MapSection(counts, image, measurement, tissue, labels, text)
 
 
 def pooled(counts: Any, tissue: np.ndarray, factor: int) -> Measurement:

@@ -10,10 +10,10 @@ import numpy as np
 import shapely
 from geopandas import GeoDataFrame
 from spatialdata import SpatialData
-from xarray import DataArray, DataTree
+from xarray import DataArray
 
 from stgen._grid import Grid, apply_affine
-from stgen._image import image_levels
+from stgen._labels import finest_mask
 
 __all__ = ["Overlap", "find_overlap"]
 
@@ -69,7 +69,7 @@ def find_overlap(sdata: SpatialData, key: str, grid: Grid, coordinate_system: st
     if isinstance(element, GeoDataFrame):
         names, batches = element.index.to_numpy(), _edges_of_shapes(element, key)
     else:
-        batches = _edges_of_labels(_mask(element, key))
+        batches = _edges_of_labels(finest_mask(element, key))
     pairs, moments = [], []
     for edges in batches:
         edges = _moved(edges, to_bins)
@@ -128,16 +128,6 @@ def _polygons(shapes: GeoDataFrame) -> Edges:
     xy, ring = shapely.get_coordinates(rings, return_index=True)
     inside = np.diff(ring) == 0
     return Edges(cell[part[ring[:-1][inside]]], xy[:-1][inside], xy[1:][inside])
-
-
-def _mask(element: DataArray | DataTree, key: str) -> DataArray:
-    """The finest level of a mask, ``(y, x)``."""
-    mask = image_levels(element)[0]
-    if set(mask.dims) != {"y", "x"} or not np.issubdtype(mask.dtype, np.integer):
-        raise TypeError(
-            f"{key!r} must hold whole numbers with the dimensions y, x; found {mask.dtype} with {tuple(mask.dims)}."
-        )
-    return mask.transpose("y", "x")
 
 
 def _edges_of_labels(mask: DataArray) -> Iterator[Edges]:

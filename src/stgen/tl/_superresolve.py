@@ -15,9 +15,12 @@ from spatialdata import SpatialData
 from stgen import models
 from stgen._grid import Grid, ImageWindow, get_map, measurement_of
 from stgen._io import find_image, get_section, image_of, provenance, shallow_copy
+from stgen._labels import labels_window
 from stgen.measurement import Measurement
 from stgen.models import Model
+from stgen.models._text import check_prompt
 from stgen.pp._alignment import tissue_mask
+from stgen.tl._fit_maps import check_uses
 from stgen.tl._predict import _chosen
 from stgen.tl._result import MapResult, check_result_keys, check_store
 from stgen.tl._windows import Section, Tiling, sample_maps
@@ -38,6 +41,8 @@ def superresolve(
     *,
     model: Model | str | Path,
     low_res: str | None = None,
+    labels_key: str | None = None,
+    prompt: str | None = None,
     bin_um: float | None = None,
     factor: int | None = None,
     like: str | None = None,
@@ -76,6 +81,10 @@ def superresolve(
     low_res
         The low-resolution data: a map in ``sdata.images`` whose bins are whole multiples of the model's
         (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots.
+    labels_key
+        For models that look at nuclei: their mask in ``sdata.labels``, as :func:`stgen.pp.segment_nuclei` makes it.
+    prompt
+        For models that take text: what the image shows; by default what the model was fitted with, if that is one prompt.
     bin_um
         Side of the result's bins in µm, if you want it checked: it is the model's.
     factor
@@ -156,6 +165,8 @@ def superresolve(
     model = _model_for_maps(model)
     model.check_sampling(steps, solver)
     genes = _genes(model, genes)
+    check_uses(model, labels_key=labels_key, prompt=prompt)
+    prompt, text = _text(model, prompt)
     inputs = [key for key in (image_key, low_res, like) if key is not None]
     check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
     store = check_store(sdata, store, key_added, overwrite=overwrite, copy=copy)
@@ -164,7 +175,11 @@ def superresolve(
     image = _image(sdata, model, grid, image_key)
     measurement = None if low_res is None else measurement_of(sdata, low_res, grid, model.genes)
     _check_factor(model, low_res, measurement)
-    section = Section(model, grid, image, measurement, _tissue(sdata, grid, image_key, measurement, like, mpp))
+    labels = None
+    if model.needs_labels:
+        labels = labels_window(sdata, labels_key, grid, px_per_bin=model.config["px_per_bin"])
+    tissue = _tissue(sdata, grid, image_key, measurement, like, mpp)
+    section = Section(model, grid, image, measurement, tissue, labels, text)
     consistency = bool(consistency and measurement is not None)
     n_samples = n_samples if model.stochastic else 1
     tiling = Tiling.plan(section, tile, batch=min(batch_size, n_samples), consistency=consistency)
@@ -175,6 +190,7 @@ def superresolve(
         fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, like=like, genes=genes, unit="counts per bin",
         bin_um=grid.bin_um, n_samples=n_samples, steps=steps if model.stochastic else None,
         solver=solver if model.stochastic else None, consistency=consistency, tile=tiling.tile, seed=seed,
+        **({"labels": labels_key} if model.needs_labels else {}), **({"prompt": prompt} if model.needs_text else {}),
         **model.sampling_options,
     )  # fmt: skip
     with MapResult(
@@ -299,6 +315,23 @@ def _grid_like(sdata: SpatialData, like: str, bin_um: float, factor: int | None)
             "resolution as like=: stgen.pp.rasterize(sdata, bin_um=...)."
         )
     return grid
+
+
+def _text(model: Model, prompt: str | None) -> tuple[str | None, np.ndarray | None]:
+    """The prompt, for models that take one, and what the model makes of it."""
+    if not model.needs_text:
+        return None, None
+    known = model.record.get("prompts", {})
+    if prompt is None and len(known) == 1:
+        prompt = next(iter(known))
+    if prompt is None:
+        raise ValueError(
+            f"this {type(model).__name__} was fitted with several prompts ({_named(known)}): pass prompt=<what the image "
+            "shows>."
+        )
+    prompt = check_prompt(prompt)
+    vector = known.get(prompt)
+    return prompt, model.embed_prompt(prompt) if vector is None else np.asarray(vector, np.float32)
 
 
 def _check_factor(model: Model, low_res: str | None, measurement: Measurement | None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stgen._grid import Grid, ImageWindow
+from stgen._labels import LabelsWindow
 from stgen.data import low_resolution_input
 from stgen.diffusion import NoiseField
 from stgen.measurement import Consistency, Measurement
@@ -41,12 +42,18 @@ class Section:
     image: ImageWindow | None
     measurement: Measurement | None
     tissue: np.ndarray  # (height, width), which bins get a result
+    labels: LabelsWindow | None = None
+    text: np.ndarray | None = None
 
     def batch(self, window: Window, device: str) -> dict[str, Tensor]:
         """The model's conditions in a window; the first dimension is 1."""
         batch = {}
         if self.image is not None:
             batch["h"] = torch.as_tensor(self.image(*window.outer))
+        if self.labels is not None:
+            batch["s"] = torch.as_tensor(self.labels(*window.outer))
+        if self.text is not None:
+            batch["text"] = torch.as_tensor(self.text)
         if self.measurement is not None:
             batch |= low_resolution_input(self.measurement, *window.outer, self.model.transform, self.model.kernel)
         return {name: value[None].to(device) for name, value in batch.items()}

@@ -1,0 +1,103 @@
+"""What a sentence says, as a vector."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+__all__ = ["HASHED_DIM", "check_prompt", "embed_text"]
+
+HASHED_DIM = 256
+
+
+def check_prompt(prompt: object) -> str:
+    """A prompt without spaces around it.
+
+    Raises
+    ------
+    ValueError
+        If it is not text, or empty.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(
+            f'`prompt` must say in a few words what the image shows, such as "H&E of invasive ductal carcinoma of the '
+            f'breast"; found {prompt!r}.'
+        )
+    return prompt.strip()
+
+
+def embed_text(text: str, encoder: str, dim: int) -> np.ndarray:
+    """A vector for a sentence.
+
+    Parameters
+    ----------
+    text
+        The sentence.
+    encoder
+        ``"hashed"``: words and pairs of neighboring words, each counted in one of ``dim`` places, normalized. Needs no
+        download, and knows of no likeness between different words. Or a BERT-type encoder, by its folder or Hugging Face
+        Hub id, whose last states are averaged over the words; needs transformers, and weights as safetensors.
+    dim
+        Size of the vector.
+
+    Returns
+    -------
+    Float32, shape ``(dim,)``.
+
+    Raises
+    ------
+    ImportError
+        If transformers is needed and not there.
+    FileNotFoundError
+        If there is no such encoder.
+    ValueError
+        If its vectors have another size, or the text is empty or says nothing (``"hashed"``).
+    """
+    text = check_prompt(text)
+    vector = _hashed(text, dim) if encoder == "hashed" else _encoded(text, encoder)
+    if len(vector) != dim:
+        raise ValueError(
+            f"the vectors of the text encoder {encoder!r} have {len(vector)} numbers and the model takes {dim}; construct "
+            f"it with text_dim={len(vector)}."
+        )
+    return vector
+
+
+def _hashed(text: str, dim: int) -> np.ndarray:
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    vector = HashingVectorizer(n_features=dim, ngram_range=(1, 2)).transform([text]).toarray()[0]
+    if not vector.any():
+        raise ValueError(f"`prompt` holds no word of two letters or more: {text!r}.")
+    return vector.astype(np.float32)
+
+
+def _encoded(text: str, encoder: str) -> np.ndarray:
+    import torch
+
+    tokenizer, network = _bert(encoder)
+    tokens = tokenizer(text, return_tensors="pt", truncation=True)
+    with torch.no_grad():
+        states = network(**tokens).last_hidden_state[0]
+    return states.mean(0).float().cpu().numpy()
+
+
+@lru_cache(maxsize=1)
+def _bert(encoder: str):
+    """Tokenizer and network of that name."""
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"the text encoder {encoder!r} needs transformers, which could not be imported ({error}). Install it with: "
+            'pip install "stgen[encoders]". text_encoder="hashed" needs nothing.'
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        return tokenizer, AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"there is no text encoder {encoder!r} with safetensors weights, as a folder or on the Hugging Face Hub "
+            f'({type(error).__name__}). text_encoder="hashed" needs none.'
+        ) from error
