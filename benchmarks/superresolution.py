@@ -1,4 +1,4 @@
-"""P4: gene maps of a real pancreas section made 5 and 10 times finer, Diff-ST beside the simple baselines.
+"""P4: gene maps of a real pancreas section made 5 and 10 times finer, by each model and by the simple baselines.
 
     python benchmarks/superresolution.py 10x                              # every model, seed 0
     python benchmarks/superresolution.py 10x 5x --models DiffST --seeds 0 1
@@ -51,6 +51,7 @@ MODELS = {
     ),
     "DiffST": lambda genes, **scale: models.DiffST(genes, **COMMON, **scale),
     "C3Diff": lambda genes, **scale: models.C3Diff(genes, **COMMON, **scale),
+    "HaDMST": lambda genes, **scale: models.HaDMST(genes, **COMMON, **scale),
 }
 ABLATIONS: dict[str, dict[str, dict]] = {
     "DiffST": {
@@ -71,10 +72,20 @@ ABLATIONS: dict[str, dict[str, dict]] = {
         "zero padding": {"imputation": "zero"},
         "arithmetic mean": {"imputation": "mean"},
     },
+    "HaDMST": {
+        "complete": {},
+        "image only": {"segmentation": False, "text_encoder": None},
+        "image and nuclei": {"text_encoder": None},
+        "image and prompt": {"segmentation": False},
+        "without semantic distillation": {"semantic": False},
+        "without alignment": {"alignment_weight": 0.0},
+        "without discriminator": {"adversarial_weight": 0.0},
+    },
 }
-FITTED = ("RegressionUNet", "RegressionUNet image only", "DiffST", "C3Diff")  # by chance, and so once for each seed
-BLIND = ("RegressionUNet image only", "C3Diff")  # also applied without the low-resolution map
-TABLE = ["RMSE", "PCC", "PCC/ceiling", "SSIM", "GSC", "RVD", "RVD_sample", "GSC_sample", "coverage_90%", "CRPS",
+PROMPT = "Immunofluorescence of human pancreas: nuclei, membranes, cytoplasm and stroma"
+FITTED = ("RegressionUNet", "RegressionUNet image only", "DiffST", "C3Diff", "HaDMST")  # by chance: once for each seed
+BLIND = ("RegressionUNet image only", "C3Diff", "HaDMST")  # also applied without the low-resolution map
+TABLE = ["RMSE", "PCC", "PCC/ceiling", "SSIM", "SSIM_sample", "GSC", "RVD", "RVD_sample", "GSC_sample", "coverage_90%", "CRPS",
          "residual_mean", "fit_s", "predict_s"]  # fmt: skip
 
 
@@ -91,7 +102,9 @@ def halves() -> sd.SpatialData:
             part, coordinates={"x": "x", "y": "y"}, feature_key="gene",
             transformations=sd.transformations.get_transformation(section.points["transcripts"], get_all=True),
         )  # fmt: skip
-    return sd.SpatialData(images={"stains": section.images["stains"]}, points=points)
+    out = sd.SpatialData(images={"stains": section.images["stains"]}, points=points)
+    pp.segment_nuclei(out, channel="dapi", progress=False)
+    return out
 
 
 @cache
@@ -109,7 +122,10 @@ def genes() -> list[str]:
 def part(name: str, scale: str) -> sd.SpatialData:
     """Some rows of the section: the maps "true" and "measured", and the low-resolution map "low" of the measured half."""
     (low, high), spec = ROWS[name], SCALES[scale]
-    out = sd.SpatialData(images={"stains": halves().images["stains"]}, points=dict(halves().points.items()))
+    out = sd.SpatialData(
+        images={"stains": halves().images["stains"]}, labels={"nuclei": halves().labels["nuclei"]},
+        points=dict(halves().points.items()),
+    )  # fmt: skip
     for key in ("true", "measured"):
         bounds = (0, low, spec["width_um"], high)
         pp.rasterize(
@@ -175,8 +191,10 @@ def run(
             config = {k: SCALES[scale][k] for k in ("bin_um", "factor")} | fit.pop("config", {})
             model = MODELS[name](genes(), **config)
             train = {k: part(k, scale) for k in ("train_top", "train_bottom")}
-            start = time.perf_counter()
             more = {"seed": seed, "progress": False, **fit} if name in FITTED else {}
+            more |= {"labels_key": "nuclei"} if model.needs_labels else {}
+            more |= {"prompt": PROMPT} if model.needs_text else {}
+            start = time.perf_counter()
             tl.fit(model, train, map_key="true_map", image_key=None if not model.needs_image else "stains", low_res="low",
                    validation=part("validation", scale), **more)  # fmt: skip
             model.record["fit_s"] = time.perf_counter() - start
@@ -185,7 +203,7 @@ def run(
         start = time.perf_counter()
         tl.superresolve(
             test, "stains", model=model, low_res=None if blind else "low", like="true_map", consistency=consistency, seed=seed,
-            keep_samples=model.stochastic, key_added="result", overwrite=True, progress=False, **options,
+            labels_key="nuclei" if model.needs_labels else None, keep_samples=model.stochastic, key_added="result", overwrite=True, progress=False, **options,
         )  # fmt: skip
         timing = {"fit_s": model.record.get("fit_s"), "predict_s": time.perf_counter() - start}
         record = {
@@ -258,8 +276,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["zero", "mean", *MODELS], default=["zero", "mean", *MODELS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--n-samples", type=int, default=8)
+    parser.add_argument("--sample-steps", type=int, default=25, help="of the sampler, in ablations")
     parser.add_argument("--fit-steps", type=int, help="training steps at most; the model's own by default")
-    parser.add_argument("--ablations", action="store_true", help="Diff-ST with each of its modules off in turn")
+    parser.add_argument("--ablations", action="store_true", help="the models with each of their modules off in turn")
     parser.add_argument("--table", action="store_true", help="print the table of all results as Markdown")
     arguments = parser.parse_args()
     fit = {} if arguments.fit_steps is None else {"steps": arguments.fit_steps}
@@ -271,7 +290,7 @@ def main() -> None:
                         "" if arguments.fit_steps is None else f", {arguments.fit_steps} steps"
                     )
                     for blind in (False, True) if name in BLIND else (False,):
-                        run(scale, name, 0, label=label, consistency=False, blind=blind, n_samples=arguments.n_samples,
+                        run(scale, name, 0, label=label, consistency=False, blind=blind, n_samples=arguments.n_samples, steps=arguments.sample_steps,
                             fit={**fit, "config": config})  # fmt: skip
             continue
         for name in arguments.models:

@@ -19,12 +19,13 @@ MEANING = {
     "RVD_sample": "relative variance distance per gene, single samples (RVD)",
     "CRPS": "continuous ranked probability score per gene (CRPS)",
     "SSIM": "structural similarity per gene (SSIM)",
+    "SSIM_sample": "structural similarity per gene, single samples (SSIM)",
     "PCC/ceiling": "correlation per gene, as a share of the noise ceiling (PCC/ceiling)",
     "Moran_difference": "Moran's I per gene, predicted minus true",
     "residual_mean": "mean relative residual of the measurement, per gene",
     "residual_max": "largest relative residual of the measurement, per gene",
 }
-HIGHER_IS_BETTER = ("PCC", "PCC/ceiling", "SSIM")
+HIGHER_IS_BETTER = ("PCC", "PCC/ceiling", "SSIM", "SSIM_sample")
 
 
 def scores(

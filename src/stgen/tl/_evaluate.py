@@ -51,7 +51,7 @@ def evaluate(
         measurement consistency.
     replicate_key
         Map only: image with counts of the same tissue that are independent of the truth, such as the other half of the
-        molecules. Adds the noise ceiling: their correlation's square root.
+        molecules. Adds the noise ceiling, their correlation's square root, and what a perfect sample would score.
     transform
         Map only: scale of the scores, ``"log1p_raw"`` by default, or ``"log2p1_raw"`` or ``"none"`` (counts). Predictions in a
         table are scored on their own scale.
@@ -74,10 +74,10 @@ def evaluate(
     predictions.
 
     Maps also have SSIM, whose data range is 1 with ``gene_scale`` and else the largest true value of the gene on the
-    scale, and ``Moran_difference``, Moran's I of prediction (or mean over samples) minus that of the truth, among bins
+    scale (``SSIM_sample``: that of single samples), and ``Moran_difference``, Moran's I of prediction (or mean over samples) minus that of the truth, among bins
     that share a side. The map itself is the prediction that is scored; kept samples serve the scores of single samples
-    and of the spread. With ``replicate_key``: ``ceiling`` and ``PCC/ceiling``. With ``low_res``: ``residual_mean`` and ``residual_max``, over
-    footprints, of ``|predicted - measured| / max(measured, 1)``, in counts; footprints that reach beyond the map or hold
+    and of the spread. With ``replicate_key``: ``ceiling``, ``PCC/ceiling`` and ``SSIM_replicate``, which perfect single
+    samples would have. With ``low_res``: ``residual_mean`` and ``residual_max``, over footprints, of ``|predicted - measured| / max(measured, 1)``, in counts; footprints that reach beyond the map or hold
     no predicted bin are left out, and ``residual_max`` of the summary is the largest over genes.
 
     Raises

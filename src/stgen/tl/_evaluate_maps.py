@@ -51,13 +51,15 @@ def evaluate_maps(
             continue
         known_of_all = known_of_all & known
         pred, truth = np.where(known, pred, np.nan), np.where(known, truth, np.nan)
-        rows[gene] = _scores_of(gene, pred, truth, samples, known, 1.0 if scale.by_gene else np.nanmax(truth))
         drawn = [pred] if samples is None else [np.where(known, sample, np.nan) for sample in samples]
+        data_range = 1.0 if scale.by_gene else np.nanmax(truth)
+        rows[gene] = _scores_of(gene, pred, truth, None if samples is None else drawn, known, data_range)
         moran[gene] = np.mean([metrics.morans_i_map(x) for x in drawn]), metrics.morans_i_map(truth)
         rows[gene]["Moran_difference"] = moran[gene][0] - moran[gene][1]
         n_constant += np.ptp(pred[known]) == 0
         if replicate_key is not None:
-            rows[gene] |= _ceiling(rows[gene]["PCC"], truth, scale(maps.counts(replicate_key, [gene])[0], gene))
+            replicate = scale(maps.counts(replicate_key, [gene])[0], gene)
+            rows[gene] |= _ceiling(rows[gene]["PCC"], truth, replicate, data_range)
     if not rows:
         raise ValueError(
             f"no gene has a bin that is known both in {key!r} and in {truth_key!r}; there is nothing to score."
@@ -200,21 +202,32 @@ def _scores_of(
     gene: str,
     pred: np.ndarray,
     truth: np.ndarray,
-    samples: np.ndarray | None,
+    samples: list[np.ndarray] | None,
     known: np.ndarray,
     data_range: float,
 ) -> dict[str, float]:
-    """The scores of one gene: those of locations, over the known bins, and SSIM of the map."""
-    samples = None if samples is None else samples[:, known][:, :, None]
-    scores = gene_scores(pred[known][:, None], truth[known][:, None], [gene], samples=samples).iloc[0].to_dict()
-    return scores | {"SSIM": metrics.ssim(pred, truth, data_range) if data_range > 0 else np.nan}
+    """The scores of one gene: those of locations, over the known bins, and SSIM of the map and of single samples."""
+    of_bins = None if samples is None else np.stack([sample[known] for sample in samples])[:, :, None]
+    scores = gene_scores(pred[known][:, None], truth[known][:, None], [gene], samples=of_bins).iloc[0].to_dict()
+    scores["SSIM"] = _ssim(pred, truth, data_range)
+    if samples is not None:
+        scores["SSIM_sample"] = float(np.mean([_ssim(sample, truth, data_range) for sample in samples]))
+    return scores
 
 
-def _ceiling(pcc: float, truth: np.ndarray, replicate: np.ndarray) -> dict[str, float]:
-    """What a perfect prediction would score, and the share of it that was reached."""
+def _ssim(pred: np.ndarray, truth: np.ndarray, data_range: float) -> float:
+    return metrics.ssim(pred, truth, data_range) if data_range > 0 else np.nan
+
+
+def _ceiling(pcc: float, truth: np.ndarray, replicate: np.ndarray, data_range: float) -> dict[str, float]:
+    """What a perfect prediction would score, the share of it that was reached, and the SSIM of a perfect sample."""
     both = np.isfinite(truth) & np.isfinite(replicate)
     ceiling = float(metrics.noise_ceiling(truth[both][:, None], replicate[both][:, None])[0]) if both.any() else 0.0
-    return {"ceiling": ceiling, "PCC/ceiling": pcc / ceiling if ceiling > 0 else np.nan}
+    return {
+        "ceiling": ceiling,
+        "PCC/ceiling": pcc / ceiling if ceiling > 0 else np.nan,
+        "SSIM_replicate": _ssim(np.where(both, replicate, np.nan), np.where(both, truth, np.nan), data_range),
+    }
 
 
 def _structure(maps: _Maps, genes: list[str], known: np.ndarray, scale: _Scale) -> dict[str, float]:
