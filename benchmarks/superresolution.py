@@ -169,11 +169,12 @@ def run(
     label: str | None = None,
     file: str | None = None,
     fit: dict,
+    single: bool = False,
     **options,
 ) -> None:
     """One model on one scale, unless its JSON is there already; a model is fitted once for all ways to apply it.
 
-    ``blind`` hides the low-resolution map when the model is applied.
+    ``blind`` hides the low-resolution map when the model is applied; ``single`` scores the one sample as the prediction.
     """
     label = label or name
     suffix = "-blind" if blind else "" if consistency else "-free"
@@ -205,6 +206,8 @@ def run(
             test, "stains", model=model, low_res=None if blind else "low", like="true_map", consistency=consistency, seed=seed,
             labels_key="nuclei" if model.needs_labels else None, keep_samples=model.stochastic, key_added="result", overwrite=True, progress=False, **options,
         )  # fmt: skip
+        if single:
+            test.images["result"] = test.images["result_samples"].assign_coords(c=test.images["result"].coords["c"])
         timing = {"fit_s": model.record.get("fit_s"), "predict_s": time.perf_counter() - start}
         record = {
             "config": model.config | {"genes": N_GENES},
@@ -232,7 +235,7 @@ def run(
 def steps() -> None:
     """Few solver steps against many ancestral ones, on the same weights."""
     for solver, number in (("dpm++", 10), ("dpm++", 25), ("dpm++", 50), ("ddpm", 1000)):
-        run("10x", "DiffST", 0, consistency=False, fit={}, n_samples=1, steps=number, solver=solver,
+        run("10x", "DiffST", 0, consistency=False, fit={}, single=True, n_samples=1, steps=number, solver=solver,
             file=f"steps-P4-10x-DiffST-0-{solver}-{number}.json")  # fmt: skip
 
 

@@ -129,6 +129,24 @@ def test_mean_is_that_on_the_scale_of_the_model(section, model):
     np.testing.assert_allclose(values_of(section), np.expm1(np.log1p(by_sample).mean(1)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("low_res", ["low", None])
+def test_expected_map_is_the_regression_where_there_is_one(section, low_res):
+    model, like = c3diff(), None if low_res else "counts"
+    pp.rasterize(section, points_key="transcripts", genes=GENES, bin_um=10, key_added="counts", overwrite=True)
+    seen = []
+    condition = model.condition
+    model.condition = lambda batch: seen.append(condition(batch)) or seen[-1]
+    superresolve(section, "he", model=model, low_res=low_res, like=like, keep_samples=True, consistency=False, **QUICK)
+    cond = seen[-1]
+    expected = torch.expm1(cond["mean"] * cond["scale"]).clamp(min=0)[0].detach().numpy()[:, :N_BINS, :N_BINS]
+    found = values_of(section)
+    known = np.isfinite(found)
+    assert known.mean() > 0.5
+    np.testing.assert_allclose(found[known], expected[known], rtol=1e-4, atol=1e-5)
+    by_sample = values_of(section, "superresolved_samples").reshape(3, 2, *found.shape[1:])
+    assert np.nanmax(np.abs(np.expm1(np.log1p(by_sample).mean(1)) - found)) > 0.01
+
+
 def test_result(section, model, caplog, untouched_rng):
     before = {key: element for _, key, element in section.gen_elements()}
     with caplog.at_level(logging.INFO, "stgen"):

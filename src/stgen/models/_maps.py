@@ -113,6 +113,10 @@ class MapModel(Model):
         """Side of a training tile in bins, unless another is asked for: about 640 µm."""
         return max(1, round(TILE_UM / self.config["bin_um"] / self.align)) * self.align
 
+    def expect(self, batch: Batch) -> Tensor | None:
+        """The expected map on the scale ``transform``, ``(B, G, H, W)``, if the model knows it without drawing samples."""
+        return None
+
     def check_window(self, height: int, width: int) -> None:
         """Refuse a window that the network cannot take."""
         if self.fixed_tile and (height, width) != (self.align, self.align):
@@ -159,6 +163,11 @@ class MapDiffusionModel(MapModel, DiffusionModel):
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
         draw_weights(self)
+
+    def expect(self, batch: Batch) -> Tensor | None:
+        """What the regression predicts, of a model that diffuses only what remains; samples scatter around it."""
+        cond = self.condition(batch)
+        return self.from_network(torch.zeros_like(cond["mean"]), cond) if "mean" in cond else None
 
     def to_network(self, x: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Divide by the scale and subtract the predicted mean, if there is one."""

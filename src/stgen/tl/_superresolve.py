@@ -128,8 +128,8 @@ def superresolve(
     ``None``, or the copy. Written, float32 ``(c, y, x)`` in expected counts per bin, channels named after genes, NaN
     outside tissue (where nothing was measured nearby; without ``low_res``, off the tissue that the image shows):
 
-    - ``sdata.images[key_added]``: mean of the samples, taken on the model's scale (log1p, say), where noise cancels, and
-      brought back to counts
+    - ``sdata.images[key_added]``: the expected map, on the model's scale (log1p, say), brought back to counts: the
+      regression of models that have one and diffuse what remains, else the mean of the samples
     - ``sdata.images[f"{key_added}_std"]``: standard deviation of the samples (``n_samples > 1``, stochastic models)
     - ``sdata.images[f"{key_added}_samples"]``: samples, channels ``"<gene>:<number>"``, with ``keep_samples=True``
     - ``sdata.attrs["stgen"][key]`` for each: function, model, weights' hash, inputs, unit, ``"bin_um"``, parameters,

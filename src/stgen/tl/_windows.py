@@ -227,11 +227,12 @@ def draw(
     solver: str,
     device: str,
 ) -> Iterator[Tensor]:
-    """Samples of some genes in a window, counts ``(genes, height, width)`` one by one, and after them their mean.
+    """Samples of some genes in a window, counts ``(genes, height, width)`` one by one, and after them the expected map.
 
     On the way to a sample, estimates are scaled toward the measurement but may stay negative: noise around zero then
-    cancels in the mean of the samples, which is taken on the model's scale. Samples and mean are each brought to counts
-    that are not negative and agree with the measurement. ``columns`` are the numbers of the genes among the model's.
+    cancels in the mean of the samples, which is taken on the model's scale. It is the expected map, unless the model knows
+    that without drawing. Samples and expected map are each brought to counts that are not negative and agree with the
+    measurement. ``columns`` are the numbers of the genes among the model's.
     """
     model, transform = section.model, section.model.transform
     batch = section.batch(window, device)
@@ -269,7 +270,8 @@ def draw(
         for x in drawn:  # one by one: the sum does not depend on the batches
             total = total + x.double()
         yield from counts_of(drawn)
-    yield counts_of((total / noise.n_samples).float()[None])[0]
+    expected = model.expect(batch)
+    yield counts_of((total / noise.n_samples).float()[None] if expected is None else expected)[0]
 
 
 def _within(measurement: Measurement, grid: Grid) -> Measurement:
