@@ -35,7 +35,7 @@ __all__ = ["HaDMST"]
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "scale": "std", "residual": True, "prediction": "v", "width": 32, "semantic_width": 64, "token": 4, "window": 4,
-        "layers": 2, "heads": 4, "region": 8, "widths": [24, 48, 72], "mean_widths": [32, 64, 96], "blocks": 1,
+        "layers": 2, "heads": 4, "region": 8, "widths": [24, 48, 72], "mean_widths": [32, 64, 96], "gene_width": 24, "blocks": 1,
         "attention": [], "px_um": None, "tile_um": None,
         "training": {
             "steps": 800, "batch_size": 8, "lr": 2e-3, "weight_decay": 1e-4, "ema_decay": 0.99, "evaluate_every": 50,
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper": {  # the poster states no numbers: see the methods page
         "scale": "quantile", "residual": False, "prediction": "epsilon", "width": 64, "semantic_width": 128, "token": 8,
-        "window": None, "layers": 4, "heads": 4, "region": 16, "widths": [128, 256, 384, 512], "mean_widths": None,
+        "window": None, "layers": 4, "heads": 4, "region": 16, "widths": [128, 256, 384, 512], "mean_widths": None, "gene_width": 0,
         "blocks": 2, "attention": [2, 3], "px_um": 5.0, "tile_um": 2560.0,
         "training": {
             "steps": 100_000, "batch_size": 8, "lr": 1e-4, "weight_decay": 1e-4, "ema_decay": 0.9999, "patience": None,
@@ -55,8 +55,9 @@ EMBEDDING = 128  # of a region, for its alignment
 TAU = 0.07
 PAIRS = 0.3  # share of the pairs of regions that are positives, and negatives
 NEIGHBORS = 8  # of a gene in the graph
-NODE = 64  # features of a gene in the graph
+NODE = 32  # features of a gene in the graph
 FEWEST_LOCATIONS = 30
+MOST_VALUES = 2**20  # of one channel that the network over each gene works on at a time: more is slower on a CPU
 BEGIN, FULL = 0.2, 0.4  # share of the training at which the adversary begins to count, and counts fully
 
 
@@ -73,8 +74,6 @@ class Features(NamedTuple):
     """``(B, d, H, W)``."""
     y: Tensor
     """The low-resolution map on the network's scale, the learned null map where there is none, ``(B, G, H, W)``."""
-    valid: Tensor
-    """``(B, 1, H, W)``."""
 
 
 class HaDMST(MapDiffusionModel):
@@ -137,6 +136,8 @@ class HaDMST(MapDiffusionModel):
     widths, mean_widths, blocks, attention
         The denoising U-Net and that of the mean: channels at each resolution; residual blocks; resolutions with
         self-attention.
+    gene_width
+        Channels of the network that goes over each gene's map by itself after the U-Net; 0 for none.
 
     Notes
     -----
@@ -190,6 +191,7 @@ class HaDMST(MapDiffusionModel):
         mean_widths: Sequence[int] | None = None,
         blocks: int | None = None,
         attention: Sequence[int] | None = None,
+        gene_width: int | None = None,
     ) -> None:
         weights = {
             "semantic_weight": semantic_weight, "alignment_weight": alignment_weight, "euclidean_weight": euclidean_weight,
@@ -206,6 +208,7 @@ class HaDMST(MapDiffusionModel):
             "residual": residual, "scale": scale, "prediction": prediction, "width": width,
             "semantic_width": semantic_width, "token": token, "window": window, "layers": layers, "heads": heads,
             "region": region, "widths": widths, "mean_widths": mean_widths, "blocks": blocks, "attention": attention,
+            "gene_width": gene_width,
         }  # fmt: skip
         chosen = from_preset(PRESETS, preset, given, bin_um=bin_um, px_per_bin=px_per_bin)
         if chosen["token"] not in [2**i for i in range(len(chosen["widths"]))]:
@@ -220,7 +223,7 @@ class HaDMST(MapDiffusionModel):
             text_dim=text_dim, **weights, p_missing=p_missing, **{k: chosen[k] for k in given},
         )  # fmt: skip
         c = self.config
-        self.align = math.lcm(2 ** (len(c["widths"]) - 1), c["token"] * (c["window"] or 1))
+        self.align = math.lcm(2 ** (len(c["widths"]) - 1), c["token"] * (c["window"] or 1), 2 if c["gene_width"] else 1)
         self.fixed_tile = c["window"] is None
         if self.fixed_tile:
             self.align *= max(1, round((chosen["tile_um"] or 640.0) / bin_um / self.align))
@@ -261,6 +264,7 @@ class HaDMST(MapDiffusionModel):
             d + n_genes * (1 + bool(c["residual"])), n_genes, c["widths"], 4 * d, c["blocks"], c["attention"]
         )
         self.inject = _opening(c["semantic_width"], c["widths"][self.level]) if c["semantic"] else None
+        self.single = GeneHead(n_genes, 2 + bool(c["residual"]), c["gene_width"], 4 * d) if c["gene_width"] else None
 
     @property
     def adversary(self) -> nn.Module | None:
@@ -298,11 +302,10 @@ class HaDMST(MapDiffusionModel):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Denoising, regression of the mean (with ``residual``) and, in training, HSD's, CMSA's and GDAL's; by name."""
         c, batch = self.config, self._complete(batch)
-        known = batch["tissue"]
-        present = batch["valid"].flatten(1).any(1)
         if self.training:
-            present = present & hidden_apart(present, c["p_missing"])
-        features = self.encode(batch, present)
+            shown = hidden_apart(batch["valid"].flatten(1).any(1), c["p_missing"])[:, None, None, None]
+            batch = {**batch, "y": batch["y"] * shown, "valid": batch["valid"] * shown}
+        known, features = batch["tissue"], self.encode(batch)
         cond = self._condition(batch, features)
         mean = cond.get("mean")
         if mean is not None:
@@ -320,37 +323,38 @@ class HaDMST(MapDiffusionModel):
             losses["loss"] = losses["loss"] + losses["mean"]
         if not self.training:
             return losses
-        if self.semantic is not None:
-            losses["semantic"] = distillation_loss(self.semantic.predict(features.semantic), x, known, c["token"])
-            losses["loss"] = losses["loss"] + c["semantic_weight"] * losses["semantic"]
-        if self.alignment is not None:
-            z_h, z_y, seen = self.alignment(features.histology, features.low_res, features.valid)
-            losses["alignment"] = alignment_loss(
-                z_h, z_y, seen, self.alignment.near(seen), c["euclidean_weight"], c["info_nce_weight"]
-            )
-            losses["loss"] = losses["loss"] + c["alignment_weight"] * losses["alignment"]
+        for name, value in self._of_features(features, x, batch).items():
+            losses[name] = value
+            losses["loss"] = losses["loss"] + c[f"{name}_weight"] * value
         if self.discriminator is not None:
             estimate = self.diffusion.to_x_0(noised["prediction"], noised["x_t"], noised["t"])
             estimate = estimate + cond.get("mean", 0.0)
-            early = (
-                noised["t"] < self.diffusion.timesteps // 2
-            )  # else an estimate is a mean of what might be, and blurred
             strength = min(max((self.progress - BEGIN) / (FULL - BEGIN), 0.0), 1.0)
-            y = (features.y * features.valid).detach()
-            adversarial, losses["discriminator"] = self._opposed(x * known, (estimate * known)[early], y, early)
+            judged = little_noised(noised["t"], self.diffusion.timesteps)
+            maps = (x * known, estimate * known, (features.y * batch["valid"]).detach())
+            adversarial, losses["discriminator"] = self._opposed(*(value[judged] for value in maps))
             losses["adversarial"] = adversarial.detach()
             losses["loss"] = losses["loss"] + strength * c["adversarial_weight"] * adversarial
         return losses
 
-    def _opposed(self, real: Tensor, fake: Tensor, y: Tensor, early: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_features(self, features: Features, x: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The losses of HSD and CMSA, which are of the features and not of what is denoised."""
+        c, losses = self.config, {}
+        if self.semantic is not None:
+            predicted = self.semantic.predict(features.semantic)
+            losses["semantic"] = distillation_loss(predicted, x, batch["tissue"], c["token"])
+        if self.alignment is not None:
+            z_h, z_y, seen = self.alignment(features.histology, features.low_res, batch["valid"])
+            near = self.alignment.near(seen)
+            losses["alignment"] = alignment_loss(z_h, z_y, seen, near, c["euclidean_weight"], c["info_nce_weight"])
+        return losses
+
+    def _opposed(self, real: Tensor, fake: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The adversarial loss, which moves the generator only, and the discriminator's, which moves it only."""
         judge = self.discriminator
-        if not len(fake):
-            nothing = real.new_zeros(())
-            return nothing, hinge_loss(judge(real, y), None)
         with _frozen(judge):
-            adversarial = adversarial_loss(judge(fake, y[early]))
-        return adversarial, hinge_loss(judge(real, y), judge(fake.detach(), y[early]))
+            adversarial = adversarial_loss(judge(fake, y))
+        return adversarial, hinge_loss(judge(real, y), judge(fake.detach(), y))
 
     # ---- conditions --------------------------------------------------------------------------------------------
 
@@ -367,16 +371,8 @@ class HaDMST(MapDiffusionModel):
         zeros = batch["h"].new_zeros
         return {**batch, "y": zeros(size, n_genes, *shape), "valid": zeros(size, 1, *shape)}
 
-    def encode(self, batch: Batch, present: Tensor) -> Features:
-        """Features of histology (with nuclei and prompt) and of low-resolution maps. HaDM-ST, Fig. 1.
-
-        Parameters
-        ----------
-        batch
-            Conditions, with ``y`` and ``valid``.
-        present
-            Which items' low-resolution maps may be looked at, shape ``(B,)``.
-        """
+    def encode(self, batch: Batch) -> Features:
+        """Features of histology (with nuclei and prompt) and of low-resolution maps. HaDM-ST, Fig. 1."""
         h = self.image_scale(batch["h"])
         if self.needs_labels:
             h = torch.cat([h, 2 * batch["s"]], 1)
@@ -385,15 +381,14 @@ class HaDMST(MapDiffusionModel):
         if self.semantic is not None:
             semantic = self.semantic(f_h, batch.get("text") if self.needs_text else None)
             f_h = f_h + self.told(F.interpolate(semantic, scale_factor=self.config["token"], mode="bilinear"))
-        valid = batch["valid"] * present.to(f_h)[:, None, None, None]
-        y = torch.where(valid > 0, batch["y"] / self.gene_scale.of(batch["y"]), self.null)
-        f_y = self.spots(torch.cat([y, valid], 1))
-        return Features(f_h, f_y, semantic, f_h + self.fuse(torch.cat([f_h, f_y], 1)), y, valid)
+        y = torch.where(batch["valid"] > 0, batch["y"] / self.gene_scale.of(batch["y"]), self.null)
+        f_y = self.spots(torch.cat([y, batch["valid"]], 1))
+        return Features(f_h, f_y, semantic, f_h + self.fuse(torch.cat([f_h, f_y], 1)), y)
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """Joint and semantic features, scale and, with ``residual``, the predicted mean on the network's scale."""
         batch = self._complete(batch)
-        return self._condition(batch, self.encode(batch, batch["valid"].flatten(1).any(1)))
+        return self._condition(batch, self.encode(batch))
 
     def _condition(self, batch: Batch, features: Features) -> dict[str, Tensor]:
         scale = self.gene_scale.of(batch["y"]).expand(len(features.y), -1, -1, -1)
@@ -401,7 +396,7 @@ class HaDMST(MapDiffusionModel):
         if features.semantic is not None:
             cond["semantic"] = features.semantic
         if self.mean is not None:
-            cond["mean"] = self.mean(torch.cat([features.joint, features.y, features.valid], 1))
+            cond["mean"] = self.mean(torch.cat([features.joint, features.y, batch["valid"]], 1))
         return cond
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
@@ -425,7 +420,50 @@ class HaDMST(MapDiffusionModel):
         levels = self.unet.encode(torch.cat(inputs, 1), time)
         if self.inject is not None:
             levels[self.level] = levels[self.level] + self.inject(cond["semantic"])
-        return self.unet.finish(self.unet.decode(levels, time)[0])
+        output = self.unet.finish(self.unet.decode(levels, time)[0])
+        if self.single is None:
+            return output
+        seen = [output, x_t, *([cond["mean"]] if "mean" in cond else [])]
+        return output + self.single(torch.stack(seen, 2), time)
+
+
+class GeneHead(nn.Module):
+    """Goes over each gene's map by itself, 2 x 2 bins at a time, with a small network that all genes share.
+
+    The U-Net has fewer channels than there are genes and cannot pass on the noise in each gene's map, nor see that counts
+    are whole numbers.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    inputs
+        Maps of each gene that it sees.
+    width
+        Channels.
+    time_dim
+        Size of the noise level's embedding.
+    """
+
+    def __init__(self, n_genes: int, inputs: int, width: int, time_dim: int) -> None:
+        super().__init__()
+        self.enter, self.hidden = nn.Conv2d(4 * inputs, width, 1), nn.Conv2d(width, width, 1)
+        self.time = nn.Linear(time_dim, 2 * width)
+        self.gene = nn.Parameter(torch.zeros(n_genes, 2 * width))
+        self.leave = nn.Conv2d(width, 4, 1)
+        self.leave.starts_at_zero = True
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """``x`` is ``(B, G, inputs, H, W)``, ``time`` ``(B, time_dim)``; the result ``(B, G, H, W)``."""
+        modulation = self.time(time)[:, None] + self.gene
+        chunk = max(1, MOST_VALUES // (len(x) * x.shape[3] * x.shape[4]))
+        parts = [slice(i, i + chunk) for i in range(0, x.shape[1], chunk)]
+        return torch.cat([self._part(x[:, genes], modulation[:, genes]) for genes in parts], 1)
+
+    def _part(self, x: Tensor, modulation: Tensor) -> Tensor:
+        gain, shift = modulation.flatten(0, 1)[:, :, None, None].chunk(2, 1)
+        hidden = F.silu(self.enter(F.pixel_unshuffle(x.flatten(0, 1), 2)) * (1 + gain) + shift)
+        return F.pixel_shuffle(self.leave(F.silu(self.hidden(hidden))), 2).reshape(len(x), -1, *x.shape[3:])
 
 
 # ---- semantic distillation (HSD) -----------------------------------------------------------------------------------
@@ -697,7 +735,7 @@ class GeneDiscriminator(nn.Module):
 
     def __init__(self, n_genes: int) -> None:
         super().__init__()
-        widths = [2, 8, 24, NODE]
+        widths = [2, 8, 16, NODE]
         self.maps = nn.ModuleList(
             spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in zip(widths, widths[1:], strict=False)
         )
@@ -780,10 +818,28 @@ def adversarial_loss(fake: Verdict) -> Tensor:
     return -(fake.genes.mean() + fake.overall.mean()) / 2
 
 
-def hinge_loss(real: Verdict, fake: Verdict | None) -> Tensor:
+def hinge_loss(real: Verdict, fake: Verdict) -> Tensor:
     """What the discriminator minimizes: ``max(0, 1 - D(real)) + max(0, 1 + D(fake))``. HaDM-ST, GDAL; hinge version."""
-    loss = sum(F.relu(1 - verdict).mean() for verdict in real) / 2
-    return loss if fake is None else loss + sum(F.relu(1 + verdict).mean() for verdict in fake) / 2
+    return sum(F.relu(1 - a).mean() + F.relu(1 + b).mean() for a, b in zip(real, fake, strict=True)) / 2
+
+
+def little_noised(t: Tensor, timesteps: int) -> Tensor:
+    """Which items are judged: those at the lower half of the noise levels, or at least the least noised one.
+
+    At the others an estimate is a mean over what might be, and ought to be blurred.
+
+    Parameters
+    ----------
+    t
+        Noise levels, shape ``(B,)``.
+    timesteps
+        How many there are.
+
+    Returns
+    -------
+    Boolean, shape ``(B,)``.
+    """
+    return t < torch.clamp(t.min() + 1, min=timesteps // 2)
 
 
 @contextmanager
