@@ -74,8 +74,8 @@ def measure(model: models.MapModel, side_px: int, n_genes: int, name: str, steps
     print(content)
 
 
-def tiles(folder: str, out: Path, steps: int) -> None:
-    """The same section in one window, in 4 and in 16, with trained weights."""
+def tiles(folder: str, out: Path, steps: int, n_genes: int) -> None:
+    """Samples of the same section in one window, in 4 and in 16, with trained weights."""
     import matplotlib.pyplot as plt
     from superresolution import ROWS, genes, part
 
@@ -87,23 +87,27 @@ def tiles(folder: str, out: Path, steps: int) -> None:
         for batch_size in (1, 2) if tile == 320 else (2,):
             start = time.perf_counter()
             done = tl.superresolve(
-                section, "stains", model=model, low_res="low", tile=tile, n_samples=2, steps=steps, batch_size=batch_size,
-                consistency=True, copy=True, progress=False,
+                section, "stains", genes()[:n_genes], model=model, low_res="low", tile=tile, n_samples=2, steps=steps,
+                batch_size=batch_size, consistency=True, keep_samples=True, copy=True, progress=False,
             )  # fmt: skip
-            maps[tile, batch_size] = np.asarray(done.images["superresolved"])
+            maps[tile, batch_size] = np.asarray(done.images["superresolved_samples"])
             seconds[tile, batch_size] = time.perf_counter() - start
     whole = maps[640, 2]
-    content = {"steps": steps, "std": float(np.nanmean(np.nanstd(whole, (1, 2))))}
+    content = {
+        "model": type(model).__name__,
+        "steps": steps,
+        "genes": n_genes,
+        "std": float(np.nanmean(np.nanstd(whole, (1, 2)))),
+    }
     for (tile, batch_size), values in maps.items():
         difference = np.abs(np.log1p(values) - np.log1p(whole))
         content[f"tile {tile}, batch {batch_size}"] = {
             "largest": float(np.nanmax(difference)), "99.9 %": float(np.nanquantile(difference, 0.999)),
             "rms": float(np.sqrt(np.nanmean(difference**2))), "seconds": seconds[tile, batch_size],
         }  # fmt: skip
-    (RESULTS / "tiles.json").write_text(json.dumps(content, indent=1))
+    (RESULTS / f"tiles-{Path(folder).name}.json").write_text(json.dumps(content, indent=1))
     print(json.dumps(content, indent=1))
-    gene = genes()[1]
-    i = 1
+    gene, i = f"{genes()[1]}, one sample", 2
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     y, x = slice(110, 210), slice(110, 210)
     top = np.nanquantile(whole[i, y, x], 0.99)
@@ -131,6 +135,7 @@ def main() -> None:
     parser.add_argument("what", choices=["memory", "genes", "tiles"])
     parser.add_argument("argument", help="side of the slide in pixels, number of genes, or folder of a fitted model")
     parser.add_argument("--steps", type=int, default=None, help="sampling steps: 2, or 25 for tiles")
+    parser.add_argument("--genes", type=int, default=50, help="how many, for tiles")
     parser.add_argument("--out", type=Path, default=Path("tiles.png"))
     arguments = parser.parse_args()
     if arguments.what == "memory":
@@ -142,7 +147,7 @@ def main() -> None:
         model = models.C3Diff([f"gene {i}" for i in range(2000)])
         measure(model, 2000, number, f"genes-C3Diff-{number}", arguments.steps or 2)
     else:
-        tiles(arguments.argument, arguments.out, arguments.steps or 25)
+        tiles(arguments.argument, arguments.out, arguments.steps or 25, arguments.genes)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def labels_window(sdata: SpatialData, labels_key: str, grid: Grid, *, px_per_bin
     ValueError
         If mask and grid share no coordinate system, or do not overlap there.
     """
-    only_key(sdata.labels, labels_key, argument="labels_key", what="labels")
+    only_key(sdata.labels, labels_key, argument="labels_key", what="mask in sdata.labels")
     mask = finest_mask(sdata.labels[labels_key], labels_key)
     matrix = grid.to_element(sdata, labels_key)
     height, width = mask.shape
@@ -89,7 +89,7 @@ class LabelsWindow:
     def __call__(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """The share that is labeled in ``height`` x ``width`` bins from row ``y0`` and column ``x0`` on."""
         n = self.px_per_bin * SAMPLES
-        y, x = (start + (np.arange(size * n) + 0.5) / n for start, size in ((y0, height), (x0, width)))
+        y, x = ((start * n + np.arange(size * n) + 0.5) / n for start, size in ((y0, height), (x0, width)))
         places = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), -1)
         column, row = np.floor(apply_affine(self._matrix, places)).astype(int).transpose(2, 0, 1)
         inside = (row >= 0) & (row < self._mask.shape[0]) & (column >= 0) & (column < self._mask.shape[1])

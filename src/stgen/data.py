@@ -39,6 +39,8 @@ class Batch(TypedDict, total=False):
     y: Tensor  # (B, G, H, W) low-resolution counts per bin, interpolated, on the model's transform
     valid: Tensor  # (B, 1, H, W) 1 where y was measured nearby, else 0
     tissue: Tensor  # (B, 1, H, W) 1 where x is known, else 0
+    s: Tensor  # (B, 1, s H, s W) share of each image pixel that lies in a nucleus
+    text: Tensor  # (B, D) vector of a prompt
     gene: Tensor  # (B, K) numbers of the genes that are wanted, of a model that samples each by itself; all by default
 
 

@@ -57,6 +57,7 @@ PAIRS = 0.3  # share of the pairs of regions that are positives, and negatives
 NEIGHBORS = 8  # of a gene in the graph
 NODE = 32  # features of a gene in the graph
 FEWEST_LOCATIONS = 30
+FEWEST_BINS = 8  # along a side of what the discriminator judges
 MOST_VALUES = 2**20  # of one channel that the network over each gene works on at a time: more is slower on a CPU
 BEGIN, FULL = 0.2, 0.4  # share of the training at which the adversary begins to count, and counts fully
 
@@ -130,7 +131,7 @@ class HaDMST(MapDiffusionModel):
         Channels of histology and low-resolution features.
     semantic_width, token, window, layers, heads
         The transformer: its width; the side of a token in bins; the side in tokens of the windows in which tokens attend to
-        one another (``None``: all of a tile); its layers and heads.
+        one another (in the paper's preset, all of a tile); its layers and heads.
     region
         Side in bins of the regions that are aligned.
     widths, mean_widths, blocks, attention
@@ -199,6 +200,8 @@ class HaDMST(MapDiffusionModel):
         }  # fmt: skip
         check_not_negative(**weights)
         check_shares(p_missing=p_missing)
+        if text_dim is not None and not text_dim >= 1:
+            raise ValueError(f"`text_dim` must be a positive whole number, found {text_dim!r}.")
         if adversarial_weight and len(genes) == 1:
             raise ValueError(
                 "the discriminator judges genes by one another and there is only one; construct the model with "
@@ -211,6 +214,13 @@ class HaDMST(MapDiffusionModel):
             "gene_width": gene_width,
         }  # fmt: skip
         chosen = from_preset(PRESETS, preset, given, bin_um=bin_um, px_per_bin=px_per_bin)
+        for name in ("window", "region"):
+            if chosen[name] is not None and not chosen[name] >= 1:
+                raise ValueError(f"`{name}` must be a positive whole number, found {chosen[name]!r}.")
+        if chosen["semantic_width"] % chosen["heads"]:
+            raise ValueError(
+                f"`heads` must divide `semantic_width`, found {chosen['heads']} and {chosen['semantic_width']}."
+            )
         if chosen["token"] not in [2**i for i in range(len(chosen["widths"]))]:
             raise ValueError(
                 f"`token` must be a number of bins that one resolution of the U-Net has, one of "
@@ -228,6 +238,11 @@ class HaDMST(MapDiffusionModel):
         if self.fixed_tile:
             self.align *= max(1, round((chosen["tile_um"] or 640.0) / bin_um / self.align))
         self.halo = 0 if self.fixed_tile else -(-32 // self.align) * self.align
+        if self.tile < max(c["region"], FEWEST_BINS):
+            raise ValueError(
+                f"training tiles of {self.tile} bins are too small: regions to align have {c['region']}, and the "
+                f"discriminator needs {FEWEST_BINS}. Choose smaller bins, or a smaller `region`."
+            )
         self.needs_low_res, self.needs_labels = p_missing == 0, segmentation
         self.needs_text = semantic and text_encoder is not None
         self.diffusion = Diffusion(prediction=c["prediction"])
@@ -274,6 +289,7 @@ class HaDMST(MapDiffusionModel):
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
         super().initialize()
+        nn.init.zeros_(self.null)
         if self.discriminator is not None:
             self.discriminator.draw()
 
@@ -359,14 +375,14 @@ class HaDMST(MapDiffusionModel):
     # ---- conditions --------------------------------------------------------------------------------------------
 
     def _complete(self, batch: Batch) -> Batch:
-        """The batch with a low-resolution map, not valid if it has none; an error if it lacks what else is needed."""
+        """The batch with a low-resolution map, zero where it is not valid; an error if it lacks what else is needed."""
         for name, needed, what in (
             ("s", self.needs_labels, "a mask of nuclei"), ("text", self.needs_text, "the vector of a prompt")
         ):  # fmt: skip
             if needed and name not in batch:
                 raise ValueError(f"this HaDMST needs {what}, batch[{name!r}]; the batch has {', '.join(batch)}.")
         if "y" in batch:
-            return batch
+            return {**batch, "y": batch["y"] * (batch["valid"] > 0)}
         size, (n_genes, *shape) = len(batch["h"]), self.sample_shape(batch)
         zeros = batch["h"].new_zeros
         return {**batch, "y": zeros(size, n_genes, *shape), "valid": zeros(size, 1, *shape)}
@@ -452,6 +468,10 @@ class GeneHead(nn.Module):
         self.gene = nn.Parameter(torch.zeros(n_genes, 2 * width))
         self.leave = nn.Conv2d(width, 4, 1)
         self.leave.starts_at_zero = True
+
+    def reset_parameters(self) -> None:
+        """No gene differs from the others."""
+        nn.init.zeros_(self.gene)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """``x`` is ``(B, G, inputs, H, W)``, ``time`` ``(B, time_dim)``; the result ``(B, G, H, W)``."""

@@ -53,6 +53,9 @@ def gather_maps(
             "bin_um=...) makes one from molecules or cells."
         )
     check_uses(model, labels_key=keys.labels_key, prompt=keys.prompt)
+    unnamed = [name for name in sections if keys.prompt_of(name) is None]
+    if model.needs_text and isinstance(keys.prompt, Mapping) and unnamed:
+        raise ValueError(f"`prompt` has no entry for {', '.join(map(repr, unnamed))}; each section needs one.")
     prompts = text_vectors(model, [keys.prompt_of(name) for name in sections])
     gathered = [_section(model, name, sdata, keys, prompts) for name, sdata in sections.items()]
     known = sum(section.tissue.sum() for section in gathered)
@@ -136,7 +139,7 @@ def _section(
     elif model.needs_low_res:
         raise ValueError(
             f"`low_res` names no low-resolution data of section {name!r}, and this {type(model).__name__} cannot do without; "
-            "name them, or construct a model that can (stgen.models.C3Diff with p_missing > 0)."
+            "name them, or construct a model that can (stgen.models.C3Diff or HaDMST with p_missing > 0)."
         )
     labels = text = None
     if model.needs_labels:

@@ -326,7 +326,7 @@ def _text(model: Model, prompt: str | None) -> tuple[str | None, np.ndarray | No
         prompt = next(iter(known))
     if prompt is None:
         raise ValueError(
-            f"this {type(model).__name__} was fitted with several prompts ({_named(known)}): pass prompt=<what the image "
+            f"this {type(model).__name__} takes a prompt and was fitted with {_named(known)}: pass prompt=<what the image "
             "shows>."
         )
     prompt = check_prompt(prompt)
