@@ -26,6 +26,7 @@ import pandas as pd
 import spatialdata as sd
 import torch
 from spatialdata.models import PointsModel
+from xarray import DataArray
 
 import stgen
 from stgen import datasets, models, pp, tl
@@ -103,8 +104,14 @@ def halves() -> sd.SpatialData:
             transformations=sd.transformations.get_transformation(section.points["transcripts"], get_all=True),
         )  # fmt: skip
     out = sd.SpatialData(images={"stains": section.images["stains"]}, points=points)
-    pp.segment_nuclei(out, channel="dapi", progress=False)
     return out
+
+
+@cache
+def nuclei() -> DataArray:
+    """The nuclei of the section."""
+    pp.segment_nuclei(halves(), channel="dapi", progress=False)
+    return halves().labels["nuclei"]
 
 
 @cache
@@ -122,10 +129,7 @@ def genes() -> list[str]:
 def part(name: str, scale: str) -> sd.SpatialData:
     """Some rows of the section: the maps "true" and "measured", and the low-resolution map "low" of the measured half."""
     (low, high), spec = ROWS[name], SCALES[scale]
-    out = sd.SpatialData(
-        images={"stains": halves().images["stains"]}, labels={"nuclei": halves().labels["nuclei"]},
-        points=dict(halves().points.items()),
-    )  # fmt: skip
+    out = sd.SpatialData(images={"stains": halves().images["stains"]}, points=dict(halves().points.items()))
     for key in ("true", "measured"):
         bounds = (0, low, spec["width_um"], high)
         pp.rasterize(
@@ -192,6 +196,9 @@ def run(
             config = {k: SCALES[scale][k] for k in ("bin_um", "factor")} | fit.pop("config", {})
             model = MODELS[name](genes(), **config)
             train = {k: part(k, scale) for k in ("train_top", "train_bottom")}
+            if model.needs_labels:
+                for section in (*train.values(), part("validation", scale)):
+                    section.labels["nuclei"] = nuclei()
             more = {"seed": seed, "progress": False, **fit} if name in FITTED else {}
             more |= {"labels_key": "nuclei"} if model.needs_labels else {}
             more |= {"prompt": PROMPT} if model.needs_text else {}
@@ -201,6 +208,8 @@ def run(
             model.record["fit_s"] = time.perf_counter() - start
             if name in FITTED:
                 model.save(folder)
+        if model.needs_labels:
+            test.labels["nuclei"] = nuclei()
         start = time.perf_counter()
         tl.superresolve(
             test, "stains", model=model, low_res=None if blind else "low", like="true_map", consistency=consistency, seed=seed,

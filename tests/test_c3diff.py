@@ -514,7 +514,7 @@ def test_guidance_needs_training_without_condition(weight):
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_guidance_must_be_a_weight(weight):
-    with pytest.raises(ValueError, match="`guidance` must be a number that is not negative, found"):
+    with pytest.raises(ValueError, match="`guidance` must be a finite number that is not negative, found"):
         c3diff(guidance=weight)
 
 

@@ -1722,8 +1722,8 @@ def test_a_tile_of_the_paper_preset_is_trained_on():
 BAD = {
     "preset": ({"preset": "large"}, "`preset` must be one of 'default', 'paper', found 'large'"),
     "p_missing": ({"p_missing": 1.0}, r"`p_missing` must be a share in \[0, 1\), found 1.0"),
-    "semantic_weight": ({"semantic_weight": -1}, "`semantic_weight` must be a number that is not negative, found -1"),
-    "alignment_weight": ({"alignment_weight": math.inf}, "`alignment_weight` must be a number that is not negative"),
+    "semantic_weight": ({"semantic_weight": -1}, "`semantic_weight` must be a finite number that is not negative, found -1"),
+    "alignment_weight": ({"alignment_weight": math.inf}, "`alignment_weight` must be a finite number that is not negative"),
     "euclidean_weight": ({"euclidean_weight": -0.1}, "`euclidean_weight` must be"),
     "info_nce_weight": ({"info_nce_weight": math.nan}, "`info_nce_weight` must be"),
     "adversarial_weight": ({"adversarial_weight": -0.1}, "`adversarial_weight` must be"),

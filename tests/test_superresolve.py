@@ -172,7 +172,7 @@ def test_result(section, model, caplog, untouched_rng):
     assert entry["unit"] == "counts per bin"
     assert (entry["bin_um"], entry["low_res"], entry["image"], entry["seed"]) == (10.0, "low", "he", 0)
     assert {section.attrs["stgen"][f"superresolved{s}"]["statistic"] for s in ("", "_std", "_samples")} == {
-        "mean", "std", "samples",
+        "expected", "std", "samples",
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ __all__ = ["LabelsWindow", "finest_mask", "labels_window"]
 logger = logging.getLogger("stgen")
 
 SAMPLES = 2  # along a side of a pixel that is read
+STRIP = 32  # bins that are looked at at a time, in both directions
 
 
 def finest_mask(element: DataArray | DataTree, key: str) -> DataArray:
@@ -88,6 +89,15 @@ class LabelsWindow:
 
     def __call__(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """The share that is labeled in ``height`` x ``width`` bins from row ``y0`` and column ``x0`` on."""
+        px = self.px_per_bin
+        share = np.empty((1, height * px, width * px), np.float32)
+        for y in range(0, height, STRIP):
+            for x in range(0, width, STRIP):
+                part = share[0, y * px : (y + STRIP) * px, x * px : (x + STRIP) * px]
+                part[:] = self._share(y0 + y, x0 + x, part.shape[0] // px, part.shape[1] // px)
+        return share
+
+    def _share(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         n = self.px_per_bin * SAMPLES
         y, x = ((start * n + np.arange(size * n) + 0.5) / n for start, size in ((y0, height), (x0, width)))
         places = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), -1)
@@ -99,4 +109,4 @@ class LabelsWindow:
             part = np.asarray(self._mask[top : row[inside].max() + 1, left : column[inside].max() + 1].data)
             labeled[inside] = part[row[inside] - top, column[inside] - left] > 0
         shape = height * self.px_per_bin, SAMPLES, width * self.px_per_bin, SAMPLES
-        return labeled.reshape(shape).mean((1, 3))[None]
+        return labeled.reshape(shape).mean((1, 3))

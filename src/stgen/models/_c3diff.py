@@ -97,14 +97,14 @@ class C3Diff(MapDiffusionModel):
     p_unconditional
         Share of the training tiles denoised without any condition, for guidance.
     guidance
-        Weight ω of classifier-free guidance when sampling, :attr:`guidance`.
+        Weight ω of classifier-free guidance when sampling, :attr:`guidance`. It moves samples, and not the regression.
     augmentation
         Noise on the features of low-resolution maps in training (Eq. 1).
     sigma
         Its standard deviation, which the paper does not state.
     modal_weight, content_weight, inter_sphere_weight
-        Weights of the three contrastive losses; 0 leaves one out. The paper does not state them: its preset has those of
-        the released code, the default a tenth of that.
+        Weights of the three contrastive losses; 0 leaves one out. The paper does not state them: its preset has
+        those that the released code evidently means, the default a tenth of that.
     imputation
         What stands for the features of a missing low-resolution map in training, until half of it is done: those of
         tiles with ``"similarity"`` in histology (the paper's), the ``"mean"`` of all, or ``"zero"``. ``"drop"`` leaves such
@@ -292,7 +292,7 @@ class C3Diff(MapDiffusionModel):
                 "construct it with p_unconditional=0.1 and fit it, or leave guidance at 1."
             )
         if not (np.isfinite(weight) and weight >= 0):
-            raise ValueError(f"`guidance` must be a number that is not negative, found {weight!r}.")
+            raise ValueError(f"`guidance` must be a finite number that is not negative, found {weight!r}.")
         self._guidance = self.config["guidance"] = float(weight)
 
     @property

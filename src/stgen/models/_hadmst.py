@@ -134,9 +134,11 @@ class HaDMST(MapDiffusionModel):
         one another (in the paper's preset, all of a tile); its layers and heads.
     region
         Side in bins of the regions that are aligned.
-    widths, mean_widths, blocks, attention
-        The denoising U-Net and that of the mean: channels at each resolution; residual blocks; resolutions with
-        self-attention.
+    widths, blocks, attention
+        The denoising U-Net: channels at each resolution; residual blocks; resolutions with self-attention, which sees
+        whole tiles.
+    mean_widths
+        Channels of the U-Net of the mean; those of ``widths`` by default.
     gene_width
         Channels of the network that goes over each gene's map by itself after the U-Net; 0 for none.
 
@@ -200,8 +202,6 @@ class HaDMST(MapDiffusionModel):
         }  # fmt: skip
         check_not_negative(**weights)
         check_shares(p_missing=p_missing)
-        if text_dim is not None and not text_dim >= 1:
-            raise ValueError(f"`text_dim` must be a positive whole number, found {text_dim!r}.")
         if adversarial_weight and len(genes) == 1:
             raise ValueError(
                 "the discriminator judges genes by one another and there is only one; construct the model with "
@@ -214,9 +214,10 @@ class HaDMST(MapDiffusionModel):
             "gene_width": gene_width,
         }  # fmt: skip
         chosen = from_preset(PRESETS, preset, given, bin_um=bin_um, px_per_bin=px_per_bin)
-        for name in ("window", "region"):
-            if chosen[name] is not None and not chosen[name] >= 1:
-                raise ValueError(f"`{name}` must be a positive whole number, found {chosen[name]!r}.")
+        for name in ("window", "region", "heads", "text_dim"):
+            value = text_dim if name == "text_dim" else chosen[name]
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"`{name}` must be a positive whole number, found {value!r}.")
         if chosen["semantic_width"] % chosen["heads"]:
             raise ValueError(
                 f"`heads` must divide `semantic_width`, found {chosen['heads']} and {chosen['semantic_width']}."
@@ -234,15 +235,10 @@ class HaDMST(MapDiffusionModel):
         )  # fmt: skip
         c = self.config
         self.align = math.lcm(2 ** (len(c["widths"]) - 1), c["token"] * (c["window"] or 1), 2 if c["gene_width"] else 1)
-        self.fixed_tile = c["window"] is None
+        self.fixed_tile = c["window"] is None or bool(c["attention"])
         if self.fixed_tile:
             self.align *= max(1, round((chosen["tile_um"] or 640.0) / bin_um / self.align))
         self.halo = 0 if self.fixed_tile else -(-32 // self.align) * self.align
-        if self.tile < max(c["region"], FEWEST_BINS):
-            raise ValueError(
-                f"training tiles of {self.tile} bins are too small: regions to align have {c['region']}, and the "
-                f"discriminator needs {FEWEST_BINS}. Choose smaller bins, or a smaller `region`."
-            )
         self.needs_low_res, self.needs_labels = p_missing == 0, segmentation
         self.needs_text = semantic and text_encoder is not None
         self.diffusion = Diffusion(prediction=c["prediction"])
@@ -307,12 +303,18 @@ class HaDMST(MapDiffusionModel):
         Raises
         ------
         ValueError
-            If there is too little tissue for the gene graph.
+            If tiles are too small, or there is too little tissue for the gene graph.
         """
-        self.image_scale.fit(train)
-        self.gene_scale.fit(train)
+        least = max(self.config["region"] * bool(self.alignment), FEWEST_BINS * bool(self.discriminator))
+        if train.tile < least:
+            raise ValueError(
+                f"training tiles of {train.tile} bins are too small: this model needs {least}, for the regions that it aligns or "
+                f"for the discriminator. Pass a larger tile=, or construct the model with a smaller `region`."
+            )
         if self.discriminator is not None:
             self.discriminator.fit(train, self.config["factor"])
+        self.image_scale.fit(train)
+        self.gene_scale.fit(train)
         return super().fit(train, validation, **{**PRESETS[self.config["preset"]]["training"], **options})
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -658,6 +660,14 @@ def alignment_loss(
     A scalar; zero if nothing was measured.
     """
     z_h, z_y, seen = z_h.flatten(1, 2), z_y.flatten(1, 2), seen.flatten(1)
+    with torch.autocast(z_h.device.type, enabled=False):  # a distance of half precision has no gradient near zero
+        z_h, z_y = (z if z.dtype == torch.float64 else z.float() for z in (z_h, z_y))
+        return _alignment_loss(z_h, z_y, seen, near, euclidean_weight, info_nce_weight)
+
+
+def _alignment_loss(
+    z_h: Tensor, z_y: Tensor, seen: Tensor, near: Tensor, euclidean_weight: float, info_nce_weight: float
+) -> Tensor:
     similarity = z_h @ z_y.transpose(1, 2)
     positive, negative = region_pairs(similarity.detach(), seen, near)
     return (

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,6 +114,10 @@ class MapModel(Model):
         """Side of a training tile in bins, unless another is asked for: about 640 µm."""
         return max(1, round(TILE_UM / self.config["bin_um"] / self.align)) * self.align
 
+    def embed_prompt(self, prompt: str) -> np.ndarray:
+        """The vector of a prompt, of models that take one."""
+        raise NotImplementedError(f"{type(self).__name__} takes no text.")
+
     def expect(self, batch: Batch) -> Tensor | None:
         """The expected map on the scale ``transform``, ``(B, G, H, W)``, if the model knows it without drawing samples."""
         return None
@@ -212,7 +217,7 @@ def check_not_negative(**values: float) -> None:
     """Refuse negative and infinite numbers."""
     for name, value in values.items():
         if not 0 <= value < float("inf"):
-            raise ValueError(f"`{name}` must be a number that is not negative, found {value!r}.")
+            raise ValueError(f"`{name}` must be a finite number that is not negative, found {value!r}.")
 
 
 def hidden_apart(present: Tensor, p: float) -> Tensor:

@@ -98,6 +98,6 @@ def _bert(encoder: str):
         return tokenizer, AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
     except OSError as error:
         raise FileNotFoundError(
-            f"there is no text encoder {encoder!r} with safetensors weights, as a folder or on the Hugging Face Hub "
-            f'({type(error).__name__}). text_encoder="hashed" needs none.'
+            f"the text encoder {encoder!r} could not be loaded, with safetensors weights, from a folder or from the Hugging Face "
+            f'Hub: {str(error).splitlines()[0]} text_encoder="hashed" needs none.'
         ) from error

@@ -106,6 +106,9 @@ def _section(
             f"the map {keys.map_key!r} of section {name!r} has bins of {grid.bin_um:.4g} µm and the model is for "
             f"{config['bin_um']:g} µm; construct it with bin_um={grid.bin_um:.4g}, or rasterize to its bins."
         )
+    labels = None
+    if model.needs_labels:
+        labels = _kept(labels_window(sdata, keys.labels_key, grid, px_per_bin=config["px_per_bin"]), grid)
     counts = element.data
     if counts.nbytes <= IN_MEMORY:
         counts = map_counts_checked(np.asarray(counts), f"the map {keys.map_key!r} of section {name!r}")
@@ -141,11 +144,7 @@ def _section(
             f"`low_res` names no low-resolution data of section {name!r}, and this {type(model).__name__} cannot do without; "
             "name them, or construct a model that can (stgen.models.C3Diff or HaDMST with p_missing > 0)."
         )
-    labels = text = None
-    if model.needs_labels:
-        labels = _kept(labels_window(sdata, keys.labels_key, grid, px_per_bin=config["px_per_bin"]), grid)
-    if model.needs_text:
-        text = prompts[check_prompt(keys.prompt_of(name))]
+    text = prompts[check_prompt(keys.prompt_of(name))] if model.needs_text else None
     return MapSection(counts, image, measurement, tissue, labels, text)
 
 

@@ -151,7 +151,7 @@ class MapResult:
     def put(self, maps: Iterable[np.ndarray], kept: np.ndarray, y: int, x: int, genes: slice = slice(None)) -> None:
         """Write the piece at row ``y`` and column ``x`` of some of the genes, where ``kept`` (h, w) says so.
 
-        ``maps`` gives the samples ``(genes, h, w)`` one after the other, and at last their mean.
+        ``maps`` gives the samples ``(genes, h, w)`` one after the other, and at last the expected map.
         """
         height, width = kept.shape
         at = slice(y, y + height), slice(x, x + width)
@@ -178,7 +178,7 @@ class MapResult:
                 result, key, values.reshape(-1, *values.shape[-2:]), channels=self._channels(suffix),
                 transformations=self.grid.transformations,
             )  # fmt: skip
-            record(result, key, {**entry, "statistic": suffix.removeprefix("_") or "mean"})
+            record(result, key, {**entry, "statistic": suffix.removeprefix("_") or "expected"})
         entries = result.attrs["stgen"]
         if self._folder is not None:
             result.write(self._folder / "result.zarr")

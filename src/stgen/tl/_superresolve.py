@@ -84,7 +84,8 @@ def superresolve(
     labels_key
         For models that look at nuclei: their mask in ``sdata.labels``, as :func:`stgen.pp.segment_nuclei` makes it.
     prompt
-        For models that take text: what the image shows; by default what the model was fitted with, if that is one prompt.
+        For models that take text: what the image shows; by default what the model was fitted (and validated) with, if that
+        is one prompt.
     bin_um
         Side of the result's bins in µm, if you want it checked: it is the model's.
     factor
@@ -93,11 +94,12 @@ def superresolve(
         A map in ``sdata.images`` whose bins the result is to have, if not those that follow from ``low_res`` or the
         image. Without ``low_res``, also what is tissue is taken from there: where the map is not NaN.
     n_samples
-        Samples drawn of every map. A deterministic model gives one.
+        Samples drawn of every map. A deterministic model gives one; and where the expected map is a regression's, samples only
+        matter for the spread and with ``keep_samples``.
     steps, solver
         Sampler, see :meth:`stgen.diffusion.Diffusion.sample`.
     consistency
-        Make samples and mean sum to what was measured in each low-resolution bin or spot. Estimates are scaled toward
+        Make samples and expected map sum to what was measured in each low-resolution bin or spot. Estimates are scaled toward
         it at every step of the sampler, and results at the end exactly.
     key_added
         Name of the result.
@@ -140,7 +142,11 @@ def superresolve(
     Raises
     ------
     KeyError
-        If an image, the low-resolution data or a gene is missing.
+        If an image, the low-resolution data, a mask or a gene is missing.
+    TypeError
+        If an element is of the wrong kind.
+    ImportError, FileNotFoundError
+        If the encoder of the prompt cannot be loaded.
     ValueError
         If the model is not a fitted model for maps, or image, low-resolution data and model do not fit together, keys
         or the store exist, or a parameter is impossible. Nothing is written then.
