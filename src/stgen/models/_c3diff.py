@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stgen.data import Batch, MapData
-from stgen.diffusion import Diffusion, weighted_mean
+from stgen.diffusion import Diffusion
 from stgen.models._layers import ImageStem, ResBlock, Standardize, UNet, UNetEncoder, timestep_embedding
 from stgen.models._maps import (
     N_TILES,
@@ -355,9 +355,7 @@ class C3Diff(MapDiffusionModel):
             some["mean"] = some["mean"].detach()  # what remains is for the diffusion to model, not to make small
         x_0 = self.to_network(_pick(batch["x"], drawn), some)
         losses = self.diffusion.loss(lambda x_t, t: self._predict(x_t, t, some), x_0, known)
-        if self.config["residual"]:
-            losses["mean"] = weighted_mean((batch["x"] / cond["scale"] - cond["mean"]).square(), known)
-            losses["loss"] = losses["loss"] + losses["mean"]
+        self.add_regression(losses, batch["x"] / cond["scale"], cond.get("mean"), known)
         if self.training:
             for name, weight in self._contrastive_weights().items():
                 losses[name] = CONTRASTIVE[name](features.embeddings, present, self.log_tau.exp())

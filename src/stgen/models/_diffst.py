@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stgen.data import Batch, MapData
-from stgen.diffusion import Diffusion, weighted_mean
+from stgen.diffusion import Diffusion
 from stgen.models._layers import ChannelNorm, ImageStem, ResBlock, UNet, timestep_embedding
 from stgen.models._maps import N_TILES, GeneScale, GeneScaleKind, ImageScale, MapDiffusionModel, from_preset
 from stgen.transforms import TransformName
@@ -212,9 +212,7 @@ class DiffST(MapDiffusionModel):
             cond["mean"] = mean.detach()  # what remains is for the diffusion to model, not to make small
         x_0 = self.to_network(batch["x"], cond)
         losses = self.diffusion.loss(lambda x_t, t: self.denoise(x_t, t, cond), x_0, known)
-        if mean is not None:
-            losses["mean"] = weighted_mean((batch["x"] / cond["scale"] - mean).square(), known)
-            losses["loss"] = losses["loss"] + losses["mean"]
+        self.add_regression(losses, batch["x"] / cond["scale"], mean, known)
         if split is not None:
             losses["disentangling"] = disentangling_loss(*split)
             losses["loss"] = losses["loss"] + self.config["disentangling_weight"] * losses["disentangling"]

@@ -336,9 +336,7 @@ class HaDMST(MapDiffusionModel):
 
         losses = self.diffusion.loss(denoise, x_0, known)
         x = batch["x"] / cond["scale"]
-        if mean is not None:
-            losses["mean"] = weighted_mean((x - mean).square(), known)
-            losses["loss"] = losses["loss"] + losses["mean"]
+        self.add_regression(losses, x, mean, known)
         if not self.training:
             return losses
         for name, value in self._of_features(features, x, batch).items():
@@ -662,19 +660,13 @@ def alignment_loss(
     z_h, z_y, seen = z_h.flatten(1, 2), z_y.flatten(1, 2), seen.flatten(1)
     with torch.autocast(z_h.device.type, enabled=False):  # a distance of half precision has no gradient near zero
         z_h, z_y = (z if z.dtype == torch.float64 else z.float() for z in (z_h, z_y))
-        return _alignment_loss(z_h, z_y, seen, near, euclidean_weight, info_nce_weight)
-
-
-def _alignment_loss(
-    z_h: Tensor, z_y: Tensor, seen: Tensor, near: Tensor, euclidean_weight: float, info_nce_weight: float
-) -> Tensor:
-    similarity = z_h @ z_y.transpose(1, 2)
-    positive, negative = region_pairs(similarity.detach(), seen, near)
-    return (
-        cosine_loss(similarity, positive, negative)
-        + euclidean_weight * euclidean_loss(z_h, z_y, positive, negative)
-        + info_nce_weight * info_nce_loss(similarity, seen)
-    )
+        similarity = z_h @ z_y.transpose(1, 2)
+        positive, negative = region_pairs(similarity.detach(), seen, near)
+        return (
+            cosine_loss(similarity, positive, negative)
+            + euclidean_weight * euclidean_loss(z_h, z_y, positive, negative)
+            + info_nce_weight * info_nce_loss(similarity, seen)
+        )
 
 
 def region_pairs(similarity: Tensor, seen: Tensor, near: Tensor, share: float = PAIRS) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stgen.data import Batch, MapData
+from stgen.diffusion import weighted_mean
 from stgen.measurement import Kernel
 from stgen.models._base import DiffusionModel, Model
 from stgen.models._layers import draw_weights
@@ -114,10 +114,6 @@ class MapModel(Model):
         """Side of a training tile in bins, unless another is asked for: about 640 µm."""
         return max(1, round(TILE_UM / self.config["bin_um"] / self.align)) * self.align
 
-    def embed_prompt(self, prompt: str) -> np.ndarray:
-        """The vector of a prompt, of models that take one."""
-        raise NotImplementedError(f"{type(self).__name__} takes no text.")
-
     def expect(self, batch: Batch) -> Tensor | None:
         """The expected map on the scale ``transform``, ``(B, G, H, W)``, if the model knows it without drawing samples."""
         return None
@@ -173,6 +169,24 @@ class MapDiffusionModel(MapModel, DiffusionModel):
         """What the regression predicts, of a model that diffuses only what remains; samples scatter around it."""
         cond = self.condition(batch)
         return self.from_network(torch.zeros_like(cond["mean"]), cond) if "mean" in cond else None
+
+    def add_regression(self, losses: dict[str, Tensor], x: Tensor, mean: Tensor | None, known: Tensor | None) -> None:
+        """Add to the losses the squared error of a predicted mean, if there is one, on the network's scale.
+
+        Parameters
+        ----------
+        losses
+            Those of the diffusion; gets ``"mean"``, also as part of ``"loss"``.
+        x
+            Expression on the network's scale, shape ``(B, G, H, W)``.
+        mean
+            What the regression predicts of it.
+        known
+            Which bins are known, shape ``(B, 1, H, W)``; all by default.
+        """
+        if mean is not None:
+            losses["mean"] = weighted_mean((x - mean).square(), known)
+            losses["loss"] = losses["loss"] + losses["mean"]
 
     def to_network(self, x: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """Divide by the scale and subtract the predicted mean, if there is one."""
