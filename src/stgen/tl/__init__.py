@@ -1,6 +1,7 @@
 """Tools: fit models, sharpen maps, predict expression, score predictions."""
 
 from ._cells import aggregate_cells
+from ._compare import compare
 from ._correlation import GeneCorrelation, gene_correlation
 from ._evaluate import Scores, evaluate
 from ._fit import fit
@@ -11,6 +12,7 @@ __all__ = [
     "GeneCorrelation",
     "Scores",
     "aggregate_cells",
+    "compare",
     "evaluate",
     "fit",
     "gene_correlation",
