@@ -16,7 +16,17 @@ from spatialdata.transformations import Sequence as Chain
 from xarray import DataArray
 
 from stgen._image import Histology, affine_to, image_levels, is_micrometers
-from stgen._io import _centroids, _listed, _region, get_counts, get_section, image_of, only_key
+from stgen._io import (
+    _centroids,
+    _listed,
+    _region,
+    _shared_system,
+    get_counts,
+    get_section,
+    image_of,
+    only_key,
+    spot_pitch,
+)
 from stgen.measurement import Measurement
 
 __all__ = [
@@ -95,6 +105,31 @@ class Grid:
             )
         transformations = get_transformation(sdata.images[image_key], get_all=True)
         return cls(height, width, float(bin_um), scaled(transformations, bin_um / image.mpp))
+
+    @classmethod
+    def of_spots(cls, sdata: SpatialData, table_key: str, *, bin_um: float, mpp: float | None = None) -> Grid:
+        """Bins around the spots of a table, with a margin as wide as their pitch.
+
+        Raises
+        ------
+        ValueError
+            If the µm per unit of their coordinates are not known.
+        """
+        check_positive("bin_um", bin_um)
+        table = sdata.tables[table_key]
+        region, _ = _region(sdata, table, table_key, None)
+        spots = get_section(sdata, table_key=table_key, mpp=mpp)
+        if spots.mpp is None:
+            raise ValueError(
+                f"The µm per unit of the locations of {table_key!r} are not known: no coordinate system is named micrometers, "
+                "and they are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per unit>."
+            )
+        system = _shared_system([region], [sdata[region]], None)
+        unit, margin = bin_um / spots.mpp, spot_pitch(spots.xy_px)[0]
+        low, high = spots.xy_px.min(0) - margin, spots.xy_px.max(0) + margin
+        width, height = np.ceil((high - low) / unit).astype(int)
+        place = Chain([Scale([unit, unit], axes=("x", "y")), Translation(list(low), axes=("x", "y"))])
+        return cls(int(height), int(width), float(bin_um), {system: place})
 
     def refined(self, factor: int, shape: tuple[int, int] | None = None) -> Grid:
         """The same area in bins ``factor`` times finer; of ``shape``, where the last bins reach beyond what was measured."""

@@ -11,6 +11,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import zarr
+from anndata import AnnData
 from spatialdata import SpatialData, get_dask_backing_files
 from spatialdata.transformations import Identity
 
@@ -20,7 +21,8 @@ from stgen._io import check_new_key, record, write_image
 __all__ = ["MapResult", "check_result_keys", "check_store"]
 
 FUNCTION = "tl.superresolve"
-SUFFIXES = ("", "_std", "_samples")
+SUFFIXES = ("", "_std", "_samples", "_total")
+TABLE = "_out_of_fold"
 CHUNK = 512  # bins along a side of what is written for good
 GENES_PER_CHUNK = 16  # of what is streamed
 
@@ -42,6 +44,11 @@ def check_result_keys(sdata: SpatialData, key_added: str, inputs: Sequence[str],
             )
         if key.lower() in others:
             raise ValueError(f"the name {others[key.lower()]!r} is taken by another element; pass another key_added=.")
+    if f"{key_added}{TABLE}" in sdata.tables and not (overwrite and _is_result(sdata, f"{key_added}{TABLE}")):
+        raise ValueError(
+            f"sdata.tables[{key_added + TABLE!r}] exists already. Pass overwrite=True to replace it, if it is a result of "
+            f"{FUNCTION}, or another key_added=."
+        )
     trial = SpatialData()  # refuses names that cannot be stored
     write_image(trial, key_added, np.zeros((1, 1, 1)), channels=["x"], transformations={"global": Identity()})
 
@@ -106,6 +113,8 @@ class MapResult:
         Path of the store to be made; ``None`` keeps the result in memory.
     tile
         Side in bins of the pieces, which makes good chunks on the way to the store.
+    total
+        Whether there is a map of the total counts.
     """
 
     def __init__(
@@ -118,6 +127,7 @@ class MapResult:
         keep_samples: bool,
         store: Path | None,
         tile: int,
+        total: bool = False,
     ) -> None:
         self.grid, self.genes, self.key_added, self.store = grid, list(genes), key_added, store
         self._tile, self.n_samples = tile, n_samples
@@ -126,6 +136,8 @@ class MapResult:
             self._shapes["_std"] = self._shapes[""]
         if keep_samples:
             self._shapes["_samples"] = (len(genes), n_samples, grid.height, grid.width)
+        if total:
+            self._shapes["_total"] = (1, grid.height, grid.width)
 
     def __enter__(self) -> MapResult:
         self._folder = None
@@ -168,8 +180,13 @@ class MapResult:
         if "_std" in self._arrays:  # the noise is centered: the population form is unbiased
             _put(self._arrays["_std"], (genes, *at), np.sqrt(square / self.n_samples), kept)
 
-    def hand_over(self, sdata: SpatialData, entry: dict[str, Any]) -> list[str]:
-        """Put the finished result into ``sdata``, from the store if it goes there; return the keys."""
+    def put_total(self, values: np.ndarray, kept: np.ndarray, y: int, x: int) -> None:
+        """Write the piece ``(1, h, w)`` of the map of total counts."""
+        height, width = kept.shape
+        _put(self._arrays["_total"], (slice(None), slice(y, y + height), slice(x, x + width)), values, kept)
+
+    def hand_over(self, sdata: SpatialData, entry: dict[str, Any], table: AnnData | None = None) -> list[str]:
+        """Put the finished result into ``sdata``, from the store if it goes there; return the keys of the maps."""
         result = SpatialData()
         for suffix, array in self._arrays.items():
             key = f"{self.key_added}{suffix}"
@@ -179,20 +196,31 @@ class MapResult:
                 transformations=self.grid.transformations,
             )  # fmt: skip
             record(result, key, {**entry, "statistic": suffix.removeprefix("_") or "expected"})
+        keys = list(result.images)
+        table_key = f"{self.key_added}{TABLE}"
+        if table is not None:
+            result.tables[table_key] = table
+            record(result, table_key, {**entry, "statistic": "out of fold"})
         entries = result.attrs["stgen"]
         if self._folder is not None:
             result.write(self._folder / "result.zarr")
             result = self._publish()
-        earlier = [f"{self.key_added}{suffix}" for suffix in SUFFIXES]
+        earlier = [f"{self.key_added}{suffix}" for suffix in (*SUFFIXES, TABLE)]
         kept = {key: value for key, value in sdata.attrs.get("stgen", {}).items() if key not in earlier}
         for key in earlier:
             sdata.images.pop(key, None)
-        for key in entries:
+        if table_key in sdata.attrs.get("stgen", {}):
+            sdata.tables.pop(table_key, None)
+        for key in keys:
             sdata.images[key] = result.images[key]
+        if table is not None:
+            sdata.tables[table_key] = result.tables[table_key]
         sdata.attrs["stgen"] = kept | entries
-        return list(entries)
+        return keys
 
     def _channels(self, suffix: str) -> list[str]:
+        if suffix == "_total":
+            return ["total"]
         if suffix != "_samples":
             return self.genes
         return [f"{gene}:{number}" for gene in self.genes for number in range(self._shapes[suffix][1])]

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage
 from spatialdata import SpatialData
 
 from stgen import models
 from stgen._grid import Grid, ImageWindow, get_map, measurement_of
-from stgen._io import find_image, get_section, image_of, provenance, shallow_copy
+from stgen._io import find_image, get_section, provenance, shallow_copy
 from stgen._labels import labels_window
 from stgen.measurement import Measurement
 from stgen.models import Model
 from stgen.models._text import check_prompt
-from stgen.pp._alignment import tissue_mask
 from stgen.tl._fit_maps import check_uses
+from stgen.tl._one_section import superresolve_section
 from stgen.tl._predict import _chosen
 from stgen.tl._result import MapResult, check_result_keys, check_store
+from stgen.tl._tissue import tissue_bins
 from stgen.tl._windows import Section, Tiling, sample_maps
 from stgen.train import check_device
 
@@ -30,16 +30,13 @@ __all__ = ["superresolve"]
 
 logger = logging.getLogger("stgen")
 
-BLOCK = 512  # bins along a side of what is looked at at a time
-TISSUE_UM = 50.0  # how far from what is dark (or bright) tissue reaches, as pp.rasterize has it for molecules
-
 
 def superresolve(
     sdata: SpatialData,
     image_key: str | None = None,
     genes: Sequence[str] | None = None,
     *,
-    model: Model | str | Path,
+    model: Model | str | Path | None = None,
     low_res: str | None = None,
     labels_key: str | None = None,
     prompt: str | None = None,
@@ -49,7 +46,7 @@ def superresolve(
     n_samples: int = 4,
     steps: int = 25,
     solver: Literal["dpm++", "ddim", "ddpm"] = "dpm++",
-    consistency: bool = True,
+    consistency: bool | None = None,
     key_added: str = "superresolved",
     keep_samples: bool = False,
     tile: int | None = None,
@@ -62,34 +59,44 @@ def superresolve(
     copy: bool = False,
     progress: bool = True,
 ) -> SpatialData | None:
-    """Make gene maps at the model's resolution from histology and low-resolution expression, for a whole section.
+    """Make gene maps finer than what was measured, from histology and low-resolution expression, for a whole section.
 
-    The section is sampled window by window. All windows draw on one noise field and overlap by as much as the model
-    needs to see, so that the result depends on neither ``tile`` nor ``batch_size`` beyond a small tolerance, and shows
-    no seams.
+    With a ``model`` that was fitted on high-resolution sections, at its resolution. The section is sampled window by window.
+    All windows draw on one noise field and overlap by as much as the model needs to see, so that the result depends on
+    neither ``tile`` nor ``batch_size`` beyond a small tolerance, and shows no seams.
+
+    Without one, from this section alone: its own spots and its own image, and nothing else. What places look like and
+    what was measured around them is weighed as predicts each spot best from the others (kriging with image features; see
+    the page "One section and nothing else"). It takes minutes, on a CPU, for any number of genes; which genes can be
+    predicted at all is measured, and stored beside the maps.
 
     Parameters
     ----------
     sdata
         Object with the image and the low-resolution data, which share a coordinate system.
     image_key
-        Histology image; ``None`` if there is one, or the model takes none.
+        Histology image; ``None`` if there is one, or the model takes none. Without a model, ``None`` means that no image is
+        used.
     genes
-        Which of the model's genes to write; all by default. Most models sample all of their genes all the same.
+        Which of the model's genes to write; without a model, which of those measured. All by default. Most models sample all
+        of their genes all the same.
     model
-        A fitted model for maps, a folder that ``model.save`` wrote, or a Hugging Face Hub id.
+        A fitted model for maps, a folder that ``model.save`` wrote, or a Hugging Face Hub id. ``None`` learns from this
+        section alone.
     low_res
-        The low-resolution data: a map in ``sdata.images`` whose bins are whole multiples of the model's
-        (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots.
+        The low-resolution data: a map in ``sdata.images`` whose bins are whole multiples of the result's
+        (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots. Without a model, by default the only
+        table; at least 30 spots, all genes of which make up the total that shares refer to.
     labels_key
         For models that look at nuclei: their mask in ``sdata.labels``, as :func:`stgen.pp.segment_nuclei` makes it.
     prompt
         For models that take text: what the image shows; by default what the model was fitted (and validated) with, if that
         is one prompt.
     bin_um
-        Side of the result's bins in µm, if you want it checked: it is the model's.
+        Side of the result's bins in µm, if you want it checked: it is the model's. Without a model, by default a fifth of
+        the spots' diameter, rounded: 10 µm for Visium.
     factor
-        How many times finer than the map ``low_res`` the result is, if you want it checked.
+        How many times finer than the map ``low_res`` the result is, if you want it checked; without a model, 5 by default.
     like
         A map in ``sdata.images`` whose bins the result is to have, if not those that follow from ``low_res`` or the
         image. Without ``low_res``, also what is tissue is taken from there: where the map is not NaN.
@@ -97,10 +104,11 @@ def superresolve(
         Samples drawn of every map. A deterministic model gives one; and where the expected map is a regression's, samples only
         matter for the spread and with ``keep_samples``.
     steps, solver
-        Sampler, see :meth:`stgen.diffusion.Diffusion.sample`.
+        Sampler, see :meth:`stgen.diffusion.Diffusion.sample`. Without a model there are no steps to choose.
     consistency
         Make samples and expected map sum to what was measured in each low-resolution bin or spot. Estimates are scaled toward
-        it at every step of the sampler, and results at the end exactly.
+        it at every step of the sampler, and results at the end exactly. By default with a model; without one, spots are
+        weighed against their noise instead, and ``True`` brings the result to their very counts.
     key_added
         Name of the result.
     keep_samples
@@ -108,7 +116,7 @@ def superresolve(
     tile
         Side in bins of the squares in which the section is cut; by default the largest that takes a few GB of memory.
     batch_size
-        Samples drawn at a time.
+        Samples drawn at a time, with a model.
     seed
         Random seed.
     store
@@ -137,6 +145,18 @@ def superresolve(
     - ``sdata.attrs["stgen"][key]`` for each: function, model, weights' hash, inputs, unit, ``"bin_um"``, parameters,
       seed, version
 
+    Without a model, also:
+
+    - ``sdata.images[f"{key_added}_total"]``: expected counts per bin over all genes, by which to normalize
+    - ``sdata.tables[f"{key_added}_out_of_fold"]``: spots x genes; ``X`` are the counts that are predicted for each spot from all
+      others. ``var``: ``"score"`` (their correlation with what was measured, on ``log1p(counts / total x median total)``),
+      ``"trusted"`` (whether it is surely above 0.1: the lower end of its 95 % confidence interval), ``"from_image"`` and
+      ``"from_neighbors"`` (the shares of the variance that look and surroundings predict), ``"interval_90"`` (90 % of spots lie
+      within the prediction plus and minus this, on log1p(counts); split conformal) and ``"interval_90_norm"`` (on log1p(counts
+      per 10,000)), ``"mean_counts"``
+    - in ``sdata.attrs["stgen"][key_added]``: ``"kernels"``, ``"correlation_length_um"``, ``"from_image"``, ``"from_neighbors"``,
+      ``"n_spots"``, ``"n_spots_left_out"`` (without counts or off the image), ``"n_trusted"``
+
     With ``store=``, these are in the store, and ``sdata`` refers to them there without loading them.
 
     Raises
@@ -149,7 +169,8 @@ def superresolve(
         If the encoder of the prompt cannot be loaded.
     ValueError
         If the model is not a fitted model for maps, or image, low-resolution data and model do not fit together, keys
-        or the store exist, or a parameter is impossible. Nothing is written then.
+        or the store exist, or a parameter is impossible; without a model, if there are fewer than 30 spots, or two in one
+        place, or the maps do not fit in memory. Nothing is written then.
 
     Examples
     --------
@@ -161,12 +182,31 @@ def superresolve(
     >>> stgen.tl.superresolve(sdata, model=model, low_res="counts_5x", progress=False)
     >>> sdata.images["superresolved"].shape == sdata.images["counts"].shape
     True
+
+    From one section and nothing else:
+
+    >>> stgen.tl.superresolve(sdata, "he", ["EPCAM", "COL1A1"], key_added="own", progress=False)
+    >>> sdata.tables["own_out_of_fold"].shape
+    (37, 2)
     """
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
     for name, value, least in (("n_samples", n_samples, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
+    if model is None:
+        for name, value in (("labels_key", labels_key), ("prompt", prompt)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` is for models that take it, and there is none: leave it out, or pass model=."
+                )
+        inputs = [key for key in (image_key, low_res, like) if key is not None]
+        check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
+        return superresolve_section(
+            sdata, image_key, genes, low_res=low_res, bin_um=bin_um, factor=factor, like=like, n_samples=n_samples,
+            consistency=bool(consistency), key_added=key_added, keep_samples=keep_samples, tile=tile, seed=seed,
+            store=check_store(sdata, store, key_added, overwrite=overwrite, copy=copy), mpp=mpp, copy=copy, progress=progress,
+        )  # fmt: skip
     device = str(check_device(device))
     model = _model_for_maps(model)
     model.check_sampling(steps, solver)
@@ -184,9 +224,9 @@ def superresolve(
     labels = None
     if model.needs_labels:
         labels = labels_window(sdata, labels_key, grid, px_per_bin=model.config["px_per_bin"])
-    tissue = _tissue(sdata, grid, image_key, measurement, like, mpp)
+    tissue = tissue_bins(sdata, grid, image_key, measurement, like, mpp)
     section = Section(model, grid, image, measurement, tissue, labels, text)
-    consistency = bool(consistency and measurement is not None)
+    consistency = (consistency is None or bool(consistency)) and measurement is not None
     n_samples = n_samples if model.stochastic else 1
     tiling = Tiling.plan(section, tile, batch=min(batch_size, n_samples), consistency=consistency)
 
@@ -375,54 +415,6 @@ def _image(sdata: SpatialData, model: Model, grid: Grid, image_key: str | None) 
             "the image %r covers %.0f %% of the map; beyond it, its edge is repeated.", image_key, 100 * covered
         )
     return image
-
-
-def _tissue(
-    sdata: SpatialData,
-    grid: Grid,
-    image_key: str | None,
-    measurement: Measurement | None,
-    like: str | None,
-    mpp: float | None,
-) -> np.ndarray:
-    """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue."""
-    tissue = np.zeros((grid.height, grid.width), bool)
-    if measurement is None and like is not None:
-        tissue[:] = np.isfinite(np.asarray(get_map(sdata, like).data[0]))
-    elif measurement is None:
-        tissue[:] = _tissue_of_image(sdata, grid, image_key, mpp)
-    elif measurement.blocks is not None:
-        side = measurement.blocks
-        for y, x in (measurement.centers // side).astype(int) * side:
-            tissue[y : y + side, x : x + side] = True
-    else:
-        where = measurement.with_counts(np.empty((len(measurement), 0)))
-        for y in range(0, grid.height, BLOCK):
-            for x in range(0, grid.width, BLOCK):
-                part = tissue[y : y + BLOCK, x : x + BLOCK]
-                part[:] = where.interpolate(y, x, *part.shape)[1][0] > 0
-    if not tissue.any():
-        where = f"the image {image_key!r}" if measurement is None else "the low-resolution data"
-        raise ValueError(
-            f"there is no tissue: {where} is empty everywhere on the grid of {grid.width} x {grid.height} bins. Check "
-            "that it is the right element and that its transformation is right."
-        )
-    return tissue
-
-
-def _tissue_of_image(sdata: SpatialData, grid: Grid, image_key: str, mpp: float | None) -> np.ndarray:
-    """Bins within 50 µm of tissue; all, where the whole image looks alike."""
-    image = image_of(sdata, image_key, mpp=mpp)
-    mask, pixel = tissue_mask(image)
-    if mask.mean() > 0.97:
-        return np.ones((grid.height, grid.width), bool)
-    if mask.any():
-        mask = ndimage.distance_transform_edt(~mask) * pixel * image.mpp <= TISSUE_UM
-    rows, columns = (
-        np.minimum(((np.arange(n) + 0.5) * grid.bin_um / image.mpp / pixel).astype(int), size - 1)
-        for n, size in zip((grid.height, grid.width), mask.shape, strict=True)
-    )
-    return mask[np.ix_(rows, columns)]
 
 
 def _named(keys: Sequence[str]) -> str:

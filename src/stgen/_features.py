@@ -1,0 +1,152 @@
+"""What histology looks like around every bin of a section, at several scales, without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stgen.pp._texture import _FLOOR as FLOOR
+from stgen.pp._texture import _NUCLEUS_CONTRAST as NUCLEUS_CONTRAST
+from stgen.pp._texture import _NUCLEUS_UM as NUCLEUS_UM
+from stgen.pp._texture import _STAINS as STAINS
+
+__all__ = ["FEATURE_UM", "bin_features", "pixel_quantities"]
+
+FEATURE_UM = (0.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+"""Standard deviations of the averages in µm; 0 is the bin itself."""
+EDGE_UM = (2.0, 4.0)  # scales at which edges are looked at
+MARGIN_UM = 20.0  # beyond what is kept, so that edges there are seen whole
+AT_A_TIME = 4_000_000  # pixels
+NUCLEI_UP_TO_MPP = 2.5  # coarser pixels show none
+
+
+def bin_features(
+    read: Callable[[int, int, int, int], np.ndarray],
+    height: int,
+    width: int,
+    *,
+    bin_um: float,
+    px_per_bin: int,
+    scales_um: Sequence[float] = FEATURE_UM,
+    progress: bool = False,
+) -> np.ndarray:
+    """Features of each bin: quantities of pixels, averaged around the bin at every scale.
+
+    Averages are of what turns with the image, so that features do. Those of spreads and edges are given as logarithms.
+
+    Parameters
+    ----------
+    read
+        The image, as ``read(y, x, height, width)`` in bins: ``(c, height * px_per_bin, width * px_per_bin)`` in [0, 1].
+        Three channels are read as red, green and blue of a transmitted-light image, others as they are.
+    height, width
+        Number of bins.
+    bin_um
+        Side of a bin in µm.
+    px_per_bin
+        Pixels along a bin.
+    scales_um
+        Standard deviations of the Gaussians with which quantities are averaged; 0 for the bin alone.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    float32, shape ``(D, height, width)``; for brightfield images 18 features a scale, 24 with nuclei; else 6 for each channel.
+    """
+    mpp, margin = bin_um / px_per_bin, int(np.ceil(MARGIN_UM / bin_um))
+    rows = max(1, AT_A_TIME // (width * px_per_bin**2))
+    parts = []
+    for y in tqdm(range(0, height, rows), desc="histology", unit="strip", disable=not progress):
+        first, last = max(y - margin, 0), min(y + rows + margin, height)
+        quantities = pixel_quantities(torch.as_tensor(read(first, 0, last - first, width)), mpp)
+        kept = slice(y - first, min(y + rows, height) - first)
+        parts.append({name: F.avg_pool2d(value, px_per_bin)[:, kept].numpy() for name, value in quantities.items()})
+    quantities = {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
+    return np.concatenate(
+        [
+            _features({name: _blurred(value, scale / bin_um) for name, value in quantities.items()})
+            for scale in scales_um
+        ]
+    )
+
+
+def pixel_quantities(image: Tensor, mpp: float) -> dict[str, Tensor]:
+    """Quantities of pixels whose averages say what a place looks like.
+
+    Parameters
+    ----------
+    image
+        Shape ``(c, y, x)``, in [0, 1].
+    mpp
+        µm per pixel.
+
+    Returns
+    -------
+    ``(k, y, x)`` each: ``"color"`` (optical densities for brightfield) and ``"square"`` of it; ``"structure"``, the structure
+    tensor's three parts of each stain (or channel) at each of two scales; and ``"nuclei"`` for brightfield: dark blobs as
+    large as nuclei, their area and their stain.
+    """
+    image = image.float()
+    brightfield = len(image) == 3
+    color = -torch.log(image.clamp(1 / 255, 1)) if brightfield else image
+    planes = color
+    if brightfield:
+        unmix = torch.as_tensor(np.linalg.inv(STAINS)[:, :2], dtype=color.dtype)
+        planes = torch.cat([torch.einsum("chw,cs->shw", color, unmix), color.mean(0, keepdim=True)])
+    structure = []
+    for sigma in EDGE_UM:
+        blurred = _gaussian(planes, max(sigma / mpp, 0.5))
+        d_y, d_x = (slope * sigma / mpp for slope in torch.gradient(blurred, dim=(1, 2)))
+        structure += [d_x**2 + d_y**2, d_x**2 - d_y**2, 2 * d_x * d_y]
+    out = {"color": color, "square": color**2, "structure": torch.cat(structure)}
+    if brightfield and mpp <= NUCLEI_UP_TO_MPP:
+        hematoxylin, sigma = planes[:1], max(NUCLEUS_UM / mpp, 0.7)
+        blob = _gaussian(hematoxylin, sigma) - _gaussian(hematoxylin, 2 * sigma)
+        inside = (blob > NUCLEUS_CONTRAST).float()
+        peak = inside * (blob == F.max_pool2d(blob, 3, stride=1, padding=1))
+        out["nuclei"] = torch.cat([peak * (10 / mpp) ** 2, inside, hematoxylin * inside])  # per 10 x 10 µm
+    return out
+
+
+def _features(average: dict[str, np.ndarray]) -> np.ndarray:
+    """Features from averages of the quantities, ``(k, height, width)`` each."""
+    color, square = average["color"], average["square"]
+    energy, along, across = (
+        part.reshape(-1, *color.shape[1:])
+        for part in average["structure"].reshape(2, 3, -1, *color.shape[1:]).swapaxes(0, 1)
+    )
+    spread = np.sqrt(np.maximum(square - color**2, 0))
+    coherence = np.sqrt(along**2 + across**2) / (energy + 1e-6)
+    edges = np.log(np.sqrt(np.maximum(energy, 0)) + FLOOR)
+    parts = [color, np.log(spread + FLOOR), edges, np.log(coherence + 0.1)]
+    if "nuclei" in average:
+        number, area, stain = average["nuclei"]
+        parts.append(np.stack([np.log(number + 0.1), area, stain / np.maximum(area, 1e-3)]))
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Average maps with a Gaussian of ``sigma`` bins; wide ones at a lower resolution."""
+    if sigma <= 0:
+        return values
+    height, width = values.shape[1:]
+    side = max(1, int(sigma // 2))
+    small = torch.as_tensor(np.pad(values, ((0, 0), (0, -height % side), (0, -width % side)), mode="edge"))
+    small = F.avg_pool2d(small, side).numpy()
+    left = np.sqrt(max(sigma**2 - (side**2 - 1) / 6, 0.25)) / side  # averaging and interpolating have blurred already
+    small = ndimage.gaussian_filter(small, (0, left, left), mode="nearest", truncate=3.0)
+    if side == 1:
+        return small
+    wide = F.interpolate(torch.as_tensor(small)[None], scale_factor=side, mode="bilinear", align_corners=False)[0]
+    return wide[:, :height, :width].numpy()
+
+
+def _gaussian(planes: Tensor, sigma: float) -> Tensor:
+    return torch.as_tensor(ndimage.gaussian_filter(planes.numpy(), (0, sigma, sigma), mode="nearest", truncate=3.0))
