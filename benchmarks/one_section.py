@@ -216,7 +216,7 @@ def displaced(sdata: sd.SpatialData, image_key: str, um: float) -> sd.SpatialDat
 
 
 def truth(*, shuffled: bool = False) -> None:
-    """The map against molecular truth in the test rows of P4."""
+    """The map against molecular truth in the test rows of P4; bins off the tissue count as empty."""
     import superresolution
 
     file = RESULTS / f"P4-spots{'-shuffled' if shuffled else ''}.json"
@@ -230,7 +230,10 @@ def truth(*, shuffled: bool = False) -> None:
     true, replicate = (np.asarray(sdata[f"{key}_map"].data)[:, low:high] for key in ("true", "measured"))
 
     def of(map_: np.ndarray) -> dict[str, float]:
-        a, b, c = (np.log1p(np.maximum(m, 0)).reshape(len(m), -1).T / scale.to_numpy() for m in (map_, true, replicate))
+        a, b, c = (
+            np.log1p(np.maximum(np.nan_to_num(m), 0)).reshape(len(m), -1).T / scale.to_numpy()
+            for m in (map_, true, replicate)
+        )
         r, ceiling = correlation(a, b), np.sqrt(np.maximum(correlation(b, c), 0))
         return {"PCC": r.mean(), "PCC/ceiling": (r / ceiling).mean(), "RMSE": np.sqrt(((a - b) ** 2).mean(0)).mean()}
 
@@ -254,7 +257,7 @@ def truth(*, shuffled: bool = False) -> None:
         )  # fmt: skip
         found = np.asarray(sdata["result"].data)[:, low:high]
         sample = np.asarray(sdata["result_samples"].data)[::2, low:high]
-        a, b = (np.log1p(m).reshape(len(m), -1) for m in (sample, true))
+        a, b = (np.log1p(np.nan_to_num(m)).reshape(len(m), -1) for m in (sample, true))
         out[label] = of(found) | {
             "RVD_sample": ((a.var(1) / b.var(1) - 1) ** 2).mean(), "seconds": time.perf_counter() - start,
             **{k: sdata.attrs["stgen"]["result"][k] for k in ("from_image", "from_neighbors", "correlation_length_um")},

@@ -26,7 +26,7 @@ SOURCE = ROOT / "src" / "stgen"
 DOCS = ROOT / "docs"
 
 NAMESPACES = ["datasets", "models", "pl", "pp", "tl"]
-LAYER_1 = ["data", "diffusion", "measurement", "metrics", "models", "train", "transforms"]
+LAYER_1 = ["data", "diffusion", "kriging", "measurement", "metrics", "models", "train", "transforms"]
 SPATIAL = {"anndata", "scanpy", "spatialdata", "spatialdata_io", "squidpy"}
 
 

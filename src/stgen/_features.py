@@ -21,7 +21,7 @@ __all__ = ["FEATURE_UM", "bin_features", "pixel_quantities"]
 FEATURE_UM = (0.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Standard deviations of the averages in µm; 0 is the bin itself."""
 EDGE_UM = (2.0, 4.0)  # scales at which edges are looked at
-MARGIN_UM = 20.0  # beyond what is kept, so that edges there are seen whole
+MARGIN_UM, MARGIN_PX = 20.0, 4  # beyond what is kept, so that edges there are seen whole, of coarse pixels too
 AT_A_TIME = 4_000_000  # pixels
 NUCLEI_UP_TO_MPP = 2.5  # coarser pixels show none
 
@@ -58,9 +58,10 @@ def bin_features(
 
     Returns
     -------
-    float32, shape ``(D, height, width)``; for brightfield images 18 features a scale, 24 with nuclei; else 6 for each channel.
+    float32, shape ``(D, height, width)``; for brightfield images 18 features a scale, 21 with nuclei; else 6 for each channel.
     """
-    mpp, margin = bin_um / px_per_bin, int(np.ceil(MARGIN_UM / bin_um))
+    mpp = bin_um / px_per_bin
+    margin = int(np.ceil(max(MARGIN_UM, MARGIN_PX * mpp) / bin_um))
     rows = max(1, AT_A_TIME // (width * px_per_bin**2))
     parts = []
     for y in tqdm(range(0, height, rows), desc="histology", unit="strip", disable=not progress):
@@ -105,7 +106,8 @@ def pixel_quantities(image: Tensor, mpp: float) -> dict[str, Tensor]:
         blurred = _gaussian(planes, max(sigma / mpp, 0.5))
         d_y, d_x = (slope * sigma / mpp for slope in torch.gradient(blurred, dim=(1, 2)))
         structure += [d_x**2 + d_y**2, d_x**2 - d_y**2, 2 * d_x * d_y]
-    out = {"color": color, "square": color**2, "structure": torch.cat(structure)}
+    exact = color.double()  # spreads are small differences of averages
+    out = {"color": exact, "square": exact**2, "structure": torch.cat(structure)}
     if brightfield and mpp <= NUCLEI_UP_TO_MPP:
         hematoxylin, sigma = planes[:1], max(NUCLEUS_UM / mpp, 0.7)
         blob = _gaussian(hematoxylin, sigma) - _gaussian(hematoxylin, 2 * sigma)
@@ -136,16 +138,18 @@ def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
     """Average maps with a Gaussian of ``sigma`` bins; wide ones at a lower resolution."""
     if sigma <= 0:
         return values
-    height, width = values.shape[1:]
     side = max(1, int(sigma // 2))
-    small = torch.as_tensor(np.pad(values, ((0, 0), (0, -height % side), (0, -width % side)), mode="edge"))
+    side -= 1 - side % 2  # odd, so that whole blocks can be made of any map by the same margin on both ends
+    size = values.shape[1:]
+    margin = [(-n % side + side * (-n % side % 2)) // 2 for n in size]
+    small = torch.as_tensor(np.pad(values, ((0, 0), *((n, n) for n in margin)), mode="edge"))
     small = F.avg_pool2d(small, side).numpy()
     left = np.sqrt(max(sigma**2 - (side**2 - 1) / 6, 0.25)) / side  # averaging and interpolating have blurred already
     small = ndimage.gaussian_filter(small, (0, left, left), mode="nearest", truncate=3.0)
     if side == 1:
         return small
     wide = F.interpolate(torch.as_tensor(small)[None], scale_factor=side, mode="bilinear", align_corners=False)[0]
-    return wide[:, :height, :width].numpy()
+    return wide[:, margin[0] : margin[0] + size[0], margin[1] : margin[1] + size[1]].numpy()
 
 
 def _gaussian(planes: Tensor, sigma: float) -> Tensor:

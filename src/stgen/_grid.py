@@ -113,7 +113,7 @@ class Grid:
         Raises
         ------
         ValueError
-            If the µm per unit of their coordinates are not known.
+            If the µm per unit of their coordinates are not known, or there are too few spots to know their pitch.
         """
         check_positive("bin_um", bin_um)
         table = sdata.tables[table_key]
@@ -126,6 +126,10 @@ class Grid:
             )
         system = _shared_system([region], [sdata[region]], None)
         unit, margin = bin_um / spots.mpp, spot_pitch(spots.xy_px)[0]
+        if not np.isfinite(margin):
+            raise ValueError(
+                f"The pitch of the {len(spots.xy_px)} spots of {table_key!r} is not known: fewer than 7 lie in places of their own."
+            )
         low, high = spots.xy_px.min(0) - margin, spots.xy_px.max(0) + margin
         width, height = np.ceil((high - low) / unit).astype(int)
         place = Chain([Scale([unit, unit], axes=("x", "y")), Translation(list(low), axes=("x", "y"))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -42,6 +43,7 @@ __all__ = [
     "record",
     "shallow_copy",
     "spot_pitch",
+    "um_per_unit_of_bins",
     "write_circles",
     "write_image",
     "write_table",
@@ -50,6 +52,8 @@ __all__ = [
 logger = logging.getLogger("stgen")
 
 _VISIUM_PITCH_UM = 100.0
+_VISIUM_SPOT_UM = 55.0
+_SPACE_RANGER_UM = 65.0  # spot_diameter_fullres is that of "a theoretical 65 µm spot"
 
 
 @dataclass
@@ -171,7 +175,7 @@ def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float |
         )
     library = next(iter(libraries.values()), {})
     factors = library.get("scalefactors", {})
-    diameter = factors.get("spot_diameter_fullres")
+    diameter = _spot_diameter(xy, factors.get("spot_diameter_fullres"))
     if mpp is None and factors:
         mpp = factors.get("microns_per_pixel") or _mpp_from_pitch(xy, diameter)
     if not need_image and image_key is None:
@@ -241,17 +245,18 @@ def _section_from_spatialdata(
     xy = _as_xy(centers[["x", "y"]].to_numpy()[position], f"the locations of the table {table_key!r}")
     radii = element["radius"].to_numpy() if "radius" in getattr(element, "columns", ()) else np.empty(0)
     one_size = radii.size > 0 and np.ptp(radii) <= 0.01 * radii.mean()
-    diameter = float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None
+    diameter = _spot_diameter(xy, float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None)
 
     um_per_unit = 1.0 if is_micrometers(system) else None
     if image_key is None:
-        scale = mpp if mpp is not None else um_per_unit
+        scale = mpp if mpp is not None else um_per_unit or um_per_unit_of_bins(element, region, system)
+        scale = scale or _mpp_from_pitch(xy, diameter)
         spot_um = None if scale is None or diameter is None else diameter * scale
         return Section(table, None, xy, scale, spot_um, table_key=table_key)
     matrix, scale = affine_to(sdata.images[image_key], system)
     if mpp is None:
         um_per_unit = um_per_unit or micrometers_per_unit(sdata.images[image_key], scale)
-        um_per_unit = um_per_unit or _mpp_from_pitch(xy, diameter)
+        um_per_unit = um_per_unit or um_per_unit_of_bins(element, region, system) or _mpp_from_pitch(xy, diameter)
         if um_per_unit is None:
             raise ValueError(
                 f"The µm per pixel of the image {image_key!r} are not known: no coordinate system is named "
@@ -374,6 +379,24 @@ def spot_pitch(xy: np.ndarray) -> tuple[float, bool]:
         return float("nan"), False
     six = (distance[:, 1:] < 1.15 * pitch).all(1) & (distance[:, 1:] > 0.85 * pitch).all(1)
     return pitch, bool(six.mean() > 0.3)
+
+
+def um_per_unit_of_bins(element: Any, key: str, system: str) -> float | None:
+    """µm per unit of a coordinate system, from bins named after their side, as those of Visium HD (``square_016um``)."""
+    named = re.search(r"square_(\d{3})um$", key)
+    if named is None or not hasattr(element, "geometry"):
+        return None
+    side = 2 * element["radius"] if "radius" in element.columns else np.sqrt(element.area)
+    return float(int(named[1]) / (side.median() * affine_to(element, system)[1]))
+
+
+def _spot_diameter(xy: np.ndarray, stated: float | None) -> float | None:
+    """Diameter within which spots capture: 55 µm where it is stated as the 65 µm that Space Ranger writes for Visium."""
+    if stated is None:
+        return None
+    pitch, hexagonal = spot_pitch(xy)
+    visium = hexagonal and abs(stated / pitch - _SPACE_RANGER_UM / _VISIUM_PITCH_UM) < 0.02
+    return stated * _VISIUM_SPOT_UM / _SPACE_RANGER_UM if visium else stated
 
 
 def _mpp_from_pitch(xy: np.ndarray, diameter: float | None) -> float | None:

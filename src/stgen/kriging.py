@@ -22,6 +22,7 @@ WIDTHS = (0.7, 1.4)  # of the Gaussian kernels of features, in medians of the di
 SHARES = (0.25, 0.5, 0.75)  # of space in a kernel of both
 NOISE = np.logspace(-2, 3, 16)  # variance of the noise of an average spot, in units of the signal's
 ALL_KERNELS_UP_TO = 600  # spots; with more, kernels are first tried on some
+FOR_MEDIAN = 2000  # spots, from which the median distance is taken
 PATCHES = 4  # of neighboring spots, in which they are tried
 FEW_KERNELS_FROM = 8000
 CLIP = 4.0  # standard deviations of a feature: beyond what the spots show, nothing is extrapolated
@@ -85,7 +86,8 @@ class Basis:
         center, spread = spots.features.mean(0), spots.features.std(0)
         basis = cls(center, np.where(spread > 1e-6, spread, np.inf), 1.0, 1.0)
         x = basis.standardized(spots)
-        apart = cdist(x, x, "sqeuclidean")[np.triu_indices(len(x), 1)]
+        some = x[:: -(-len(x) // FOR_MEDIAN)]
+        apart = cdist(some, some, "sqeuclidean")[np.triu_indices(len(some), 1)]
         return replace(
             basis, linear=max(float((x**2).sum(1).mean()), 1e-12), distance=max(float(np.median(apart)), 1e-12)
         )
@@ -103,7 +105,8 @@ class Basis:
     def between(self, a: Places, b: Places, names: list[str]) -> dict[str, np.ndarray]:
         """Kernels between places, shape ``(len(a), len(b))`` each."""
         kernels = {}
-        apart = cdist(a.xy, b.xy).astype(a.xy.dtype) if any(name.startswith("space") for name in names) else None
+        if any(name.startswith("space") for name in names):
+            apart = cdist(a.xy, b.xy).astype(np.promote_types(a.xy.dtype, np.float32), copy=False)
         if any(name.startswith("image") for name in names):
             x, y = self.standardized(a), self.standardized(b)
             inner = x @ y.T
@@ -150,8 +153,8 @@ class Solved:
     kernel: Kernel
     values: np.ndarray
     vectors: np.ndarray
-    of_image: np.ndarray
-    """Diagonal of (image's part of the kernel) x (eigenvector x its transpose), shape ``(n, n)``: a column per eigenvector."""
+    image: np.ndarray
+    """The image's part of the kernel, times the eigenvectors; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +261,9 @@ class Kriging:
     def _decompose(self, kernel: Kernel, between: dict[str, np.ndarray]) -> Solved:
         scaled = self.scale[:, None] * self.scale
         values, vectors = eigh(sum(share * between[name] for name, share in kernel) * scaled, overwrite_a=True)
-        of_image = np.zeros((0, 0))
-        image = [share * between[name] for name, share in kernel if name.startswith("image")]
-        if image:
-            of_image = ((sum(image) * scaled) @ vectors) * vectors
-        return Solved(kernel, np.maximum(values, 0), vectors, of_image)
+        parts = [share * between[name] for name, share in kernel if name.startswith("image")]
+        image = (sum(parts) * scaled) @ vectors if parts else np.zeros((0, 0))
+        return Solved(kernel, np.maximum(values, 0), vectors, image)
 
     def _centered(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The mean over spots, weighted by their precision, and what remains in units of the noise."""
@@ -307,16 +308,16 @@ class Kriging:
                 if len(at) == 0:
                     continue
                 own, inverse = share[number, at], 1 / (solved.values + NOISE[level])
-                alpha = solved.vectors @ (inverse[:, None] * (solved.vectors.T @ centered[:, at]))
+                rotated = inverse[:, None] * (solved.vectors.T @ centered[:, at])
+                alpha = solved.vectors @ rotated
                 error = alpha / (solved.vectors**2 @ inverse)[:, None]
                 of_others[:, at] += own * (centered[:, at] - error)
                 for name, part in solved.kernel:
                     weights[name][:, at] += own * part * self.scale[:, None] * alpha
                     kernels[name][at] += own * part
-                if len(solved.of_image):  # the same, of the image's part of the kernel alone
-                    whole = solved.vectors @ (solved.values[:, None] * (solved.vectors.T @ alpha))
-                    image = whole if _all_image(solved.kernel) else self._image_part(solved, alpha)
-                    of_image[:, at] += own * (image - (solved.of_image @ inverse)[:, None] * error)
+                if len(solved.image):  # the same, of the image's part of the kernel alone
+                    own_part = (solved.image * solved.vectors) @ inverse
+                    of_image[:, at] += own * (solved.image @ rotated - own_part[:, None] * error)
                 noise[at] += own * NOISE[level]
         explained = [
             (part * centered).sum(0) / np.maximum((centered**2).sum(0), 1e-12) for part in (of_image, of_others)
@@ -324,13 +325,6 @@ class Kriging:
         return Field(
             mean, weights, mean + of_others / self.scale[:, None], explained[0], explained[1] - explained[0], noise, kernels
         )  # fmt: skip
-
-    def _image_part(self, solved: Solved, alpha: np.ndarray) -> np.ndarray:
-        """The image's part of a kernel, times weights, in units of the noise."""
-        names = [name for name, _ in solved.kernel if name.startswith("image")]
-        between = self.basis.between(self.spots, self.spots, names)
-        kernel = sum(share * between[name] for name, share in solved.kernel if name in between)
-        return self.scale[:, None] * (kernel @ (self.scale[:, None] * alpha))
 
     def predict(self, fields: Field, places: Places) -> np.ndarray:
         """Fields at other places, shape ``(len(places), G)``."""
@@ -405,7 +399,3 @@ def mixtures(names: list[str]) -> list[Kernel]:
     image = [name for name in names if name.startswith("image")]
     alone = [((name, 1.0),) for name in names]
     return alone + [((a, share), (b, 1 - share)) for a, b, share in product(space, image, SHARES)]
-
-
-def _all_image(kernel: Kernel) -> bool:
-    return all(name.startswith("image") for name, _ in kernel)

@@ -9,6 +9,7 @@ decides how to average.
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from scipy.ndimage import gaussian_filter
 
@@ -17,6 +18,7 @@ __all__ = [
     "crps",
     "gene_correlation",
     "gsc",
+    "label_agreement",
     "mae",
     "morans_i",
     "morans_i_map",
@@ -353,6 +355,55 @@ def ssim_map(pred: np.ndarray, truth: np.ndarray, data_range: float) -> np.ndarr
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     similarity = (2 * mean_p * mean_t + c1) * (2 * covariance + c2)
     return similarity / ((mean_p**2 + mean_t**2 + c1) * (var_p + var_t + c2))
+
+
+def label_agreement(pred: np.ndarray, truth: np.ndarray) -> dict[str, float | dict[str, float]]:
+    """How well labels, such as cell types, agree with known ones.
+
+    Locations whose true label is missing (None or NaN) are left out; those whose predicted label is missing count as wrong.
+
+    Parameters
+    ----------
+    pred, truth
+        Labels of the same locations, any array of shape ``(n,)``.
+
+    Returns
+    -------
+    - ``"accuracy"``: share of the locations whose labels are the same, in [0, 1]
+    - ``"ARI"``: adjusted Rand index, at most 1, 0 for labels at random; names of groups do not matter
+    - ``"NMI"``: normalized mutual information (arithmetic mean), in [0, 1]; names do not matter
+    - ``"F1"``: F1 score of each type that occurs in the truth, in [0, 1]
+
+    Raises
+    ------
+    ValueError
+        If the arrays differ in length, or no true label is known.
+
+    Examples
+    --------
+    >>> from stgen.metrics import label_agreement
+    >>> scores = label_agreement(["T", "B", None, "B"], ["T", "B", "B", None])
+    >>> round(scores["accuracy"], 3), scores["F1"]
+    (0.667, {'B': 0.6666666666666666, 'T': 1.0})
+    """
+    from sklearn.metrics import adjusted_rand_score, f1_score, normalized_mutual_info_score
+
+    pred, truth = np.asarray(pred, dtype=object), np.asarray(truth, dtype=object)
+    if pred.shape != truth.shape or pred.ndim != 1:
+        raise ValueError(f"labels must be two arrays of one length, found the shapes {pred.shape} and {truth.shape}.")
+    known = ~pd.isna(truth)
+    if not known.any():
+        raise ValueError("no true label is known; there is nothing to compare with.")
+    pred = np.where(pd.isna(pred), "", pred.astype(str))[known].astype(str)  # a missing one is a label of its own
+    truth = truth[known].astype(str)
+    types = np.unique(truth)
+    f1 = f1_score(truth, pred, labels=types, average=None, zero_division=0)
+    return {
+        "accuracy": float((pred == truth).mean()),
+        "ARI": float(adjusted_rand_score(truth, pred)),
+        "NMI": float(normalized_mutual_info_score(truth, pred)),
+        "F1": dict(zip(types.tolist(), f1.tolist(), strict=True)),
+    }
 
 
 def _pair(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ from stgen.pl._panels import (
     sketch,
 )
 from stgen.tl._evaluate_maps import check_same_grid
+from stgen.tl._result import TABLE
 
 __all__ = ["picture_of_maps"]
 
@@ -70,7 +71,8 @@ def picture_of_maps(
         elif key == spots:
             columns.append(_spots(sdata, spots, genes, fine, system, window))
         else:
-            columns.append(_column(panel, key, views[key], truth_key, len(keys)))
+            column = _column(panel, key, views[key], truth_key, len(keys))
+            columns.append(column._replace(remark=_remark(sdata, key, genes)) if panel == "predicted" else column)
     unit = f"counts per {fine.bin_um:.4g} µm bin"
     units = {"expression": unit, "spread": f"SD, {unit}", "error": f"predicted minus truth,\n{unit}"}
     image = None
@@ -146,6 +148,15 @@ def _column(panel: str, key: str, view: _View, truth_key: str | None, n_keys: in
         true = view.reader(truth_key)  # on the same grid
         return Column(title, "error", view.pixels, lambda gene: read(gene) - true(gene))
     return Column(title, "expression", view.pixels, read)
+
+
+def _remark(sdata: SpatialData, key: str, genes: list[str]) -> Callable[[str], str] | None:
+    """Says which genes could not be predicted out of fold, as a map without a model knows of its own; None if all could."""
+    table = sdata.tables.get(f"{key}{TABLE}")
+    if table is None or "trusted" not in table.var:
+        return None
+    doubtful = {gene for gene in genes if gene in table.var_names and not table.var.at[gene, "trusted"]}
+    return (lambda gene: "not predictable" if gene in doubtful else "") if doubtful else None
 
 
 def _spots(sdata: SpatialData, table_key: str, genes: list[str], fine: Grid, system: str, window: Window) -> Column:

@@ -50,7 +50,8 @@ def maps(
     Results in a table are drawn as discs of the true size of the spots, and measured counts are brought to the scale of
     the prediction. Maps of counts, which are images of a SpatialData, are drawn bin by bin, transparent where they are
     unknown (NaN). Larger bins, and spots, hold more counts: these are divided by the number of the finest bins drawn that
-    one of them covers, as the title says, and are then comparable.
+    one of them covers, as the title says, and are then comparable. Genes that a map without a model could not predict out of
+    fold (``trusted`` of :func:`stgen.tl.superresolve`) are titled "not predictable".
 
     Parameters
     ----------

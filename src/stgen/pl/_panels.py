@@ -86,6 +86,8 @@ class Column(NamedTuple):
     """What is drawn for a gene: ``(n,)`` for discs, ``(h, w)`` for pixels."""
     note: Callable[[str], str] | None = None
     """What stands below the panel of a gene."""
+    remark: Callable[[str], str] | None = None
+    """What stands above the panel of a gene, below the title of the column."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,8 @@ def draw(
         drawn = []
         for ax, column, shown in zip(axes[i], columns, values, strict=True):
             drawn.append(_draw_panel(ax, picture, column, shown, norms, cmaps, alpha))
-            ax.set_title(column.title if i == 0 else "", fontsize="medium")
+            title = [column.title if i == 0 else "", "" if column.remark is None else column.remark(gene)]
+            ax.set_title("\n".join(filter(None, title)), fontsize="medium")
             if column.note is not None:
                 ax.set_xlabel(column.note(gene), fontsize="small")
         axes[i, 0].set_ylabel(gene, fontsize="large", fontstyle="italic")
@@ -237,7 +240,8 @@ def _new_axes(n_rows: int, picture: Picture) -> np.ndarray:
     bars = sum(scale is not None for scale, _ in groupby(column.scale for column in picture.columns))
     width = 0.3 + PANEL_INCHES * n_columns + BAR_INCHES * bars
     title_lines = max(1 + column.title.count("\n") for column in picture.columns)
-    height = 0.1 + 0.2 * title_lines + (PANEL_INCHES * aspect + 0.15) * n_rows
+    remarks = any(column.remark is not None for column in picture.columns)
+    height = 0.1 + 0.2 * title_lines + (PANEL_INCHES * aspect + 0.15 + 0.2 * remarks) * n_rows
     return plt.subplots(n_rows, n_columns, figsize=(width, height), squeeze=False, layout="constrained")[1]
 
 

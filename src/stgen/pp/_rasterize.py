@@ -29,6 +29,7 @@ from stgen._io import (
     only_key,
     provenance,
     record,
+    um_per_unit_of_bins,
     write_image,
 )
 
@@ -393,6 +394,7 @@ class Frame:
         if mpp is not None:
             check_positive("mpp", mpp)
         unit = mpp or (1.0 if is_micrometers(coordinate_system) else micrometers_per_unit(element, scale))
+        unit = unit or um_per_unit_of_bins(element, key, coordinate_system)
         if unit is None:
             raise ValueError(
                 f"The µm per unit of the coordinate system {coordinate_system!r} are not known: none of {key!r} "

@@ -19,7 +19,7 @@ from spatialdata.models import PointsModel
 from spatialdata.transformations import get_transformation
 
 from stgen._grid import Grid, check_positive, get_map, map_counts_checked, measurement_of
-from stgen._io import get_table, only_key, provenance, record, write_circles, write_image, write_table
+from stgen._io import get_section, get_table, only_key, provenance, record, write_circles, write_image, write_table
 from stgen.measurement import Measurement
 from stgen.pp._rasterize import Frame, Molecules, check_free_key, check_sdata, extent, genes_of, lazy_map
 from stgen.pp._tiles import _planar
@@ -227,7 +227,7 @@ def spots_to_map(
     coordinate_system
         Where grid and spots meet. None: a micrometer one if there is one, else "global", else the first shared.
     mpp
-        µm per pixel of the image; None takes it from a micrometer coordinate system.
+        µm per pixel of the image, where neither a micrometer coordinate system nor the 100 µm pitch of Visium spots tells.
     key_added
         Name of the map.
     overwrite
@@ -275,6 +275,8 @@ def spots_to_map(
         )
     check_free_key(sdata, "images", key_added, overwrite=overwrite)
     names = genes_of(genes, get_table(sdata, table_key=table_key).var_names, f"the table {table_key!r}")
+    if image_key is not None and mpp is None:
+        mpp = get_section(sdata, table_key=table_key, image_key=image_key, coordinate_system=coordinate_system).mpp
     grid = Grid.of_map(sdata, map_key) if map_key else Grid.of_image(sdata, image_key, bin_um=bin_um, mpp=mpp)
     spots = measurement_of(sdata, table_key, grid, names, coordinate_system=coordinate_system)
 

@@ -1,5 +1,6 @@
 """Tools: fit models, sharpen maps, predict expression, score predictions."""
 
+from ._cell_types import localize_cell_types
 from ._cells import aggregate_cells
 from ._compare import compare
 from ._correlation import GeneCorrelation, gene_correlation
@@ -16,6 +17,7 @@ __all__ = [
     "evaluate",
     "fit",
     "gene_correlation",
+    "localize_cell_types",
     "predict_expression",
     "superresolve",
 ]

@@ -17,11 +17,12 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stgen._features import bin_features
-from stgen._grid import Grid, measurement_of
+from stgen._grid import Grid, apply_affine, check_positive, get_map, measurement_of
+from stgen._image import image_levels
 from stgen._io import _region, get_counts, get_section, only_key, provenance, shallow_copy, spot_pitch
 from stgen.kriging import Field, Kriging, Places
 from stgen.measurement import Consistency, Measurement
-from stgen.tl._result import MapResult
+from stgen.tl._result import MapResult, is_result
 from stgen.tl._tissue import tissue_bins, tissue_of_image
 from stgen.tl._windows import Tiling, Window
 
@@ -30,7 +31,7 @@ __all__ = ["Composition", "SectionModel", "superresolve_section"]
 logger = logging.getLogger("stgen")
 
 FEWEST = 30  # spots
-MOST = 20_000
+MOST = 15_000
 BINS_PER_SPOT = 5  # along its diameter, unless another bin_um is asked for
 FINEST_PX_UM = 2.0  # of the image
 GUIDE_GENES = 1000  # the most variable, from which components are made
@@ -70,10 +71,18 @@ def superresolve_section(
 ) -> SpatialData | None:
     """What :func:`stgen.tl.superresolve` does with ``model=None``; its checks of names and paths have been made."""
     if low_res is None or low_res not in sdata.images:
-        low_res = only_key(sdata.tables, low_res, argument="low_res", what="table of spots")
+        tables = [key for key in sdata.tables if key == low_res or not is_result(sdata, key)]
+        low_res = only_key(tables, low_res, argument="low_res", what="table of spots")
     genes = _genes(sdata, low_res, genes)
+    if low_res in sdata.tables:
+        _check_enough(sdata.tables[low_res].n_obs, f"{sdata.tables[low_res].n_obs} in {low_res!r}")
     grid = _grid(sdata, image_key, low_res, bin_um=bin_um, factor=factor, like=like, mpp=mpp)
     spots = measurement_of(sdata, low_res, grid, genes[:1])
+    if spots.diameter < 0.999:
+        raise ValueError(
+            f"the bins of {like!r} are {grid.bin_um:.4g} µm, larger than the spots of {low_res!r} ({spots.diameter * grid.bin_um:.4g} "
+            "µm). Name a finer map as like=, or leave it out."
+        )
     _check_apart(spots, low_res)
     n_maps = 1 + (n_samples > 1) + keep_samples * n_samples
     n_bytes = 4.0 * len(genes) * grid.height * grid.width * n_maps
@@ -106,6 +115,7 @@ def superresolve_section(
     reach = int(np.ceil(spots.diameter)) + 1 if consistency else 0
     tiling = Tiling(int(tile or side), reach, grid.height, grid.width, spots if consistency else None)
     windows = tiling.windows(tissue)
+    whole = spots.with_counts(total[:, None])
     report = []
     with (
         MapResult(
@@ -125,6 +135,9 @@ def superresolve_section(
                     maps = (agree(torch.as_tensor(values, dtype=torch.float32)[None])[0].numpy() for values in maps)
                 result.put(maps, inside, *window.outer[:2], part)
                 if part.start == 0:
+                    if consistency:
+                        agree = Consistency(whole, *window.outer, tissue=_part(tissue, window))
+                        depth = agree(torch.as_tensor(depth, dtype=torch.float32)[None])[0].numpy()
                     result.put_total(depth, inside, *window.outer[:2])
                 bar.update()
         table = _report(sdata, low_res, genes, report, kept, spots)
@@ -182,6 +195,8 @@ class SectionModel:
         self.kriging = Kriging(places, noise=noise, guide=np.hstack([self.scores[:, :GUIDES], density]), seed=seed)
         self._y = np.hstack([self.scores, density])
         self.shared = self.kriging.solve(self._y)
+        weighted = self.precision[:, None] * self.scores
+        self.regression = (weighted / np.maximum((weighted * self.scores).sum(0), 1e-12)).T
         self.most = float(density.max()) + OVERSHOOT
 
     def composition(self, counts: np.ndarray) -> np.ndarray:
@@ -191,9 +206,7 @@ class SectionModel:
     def genes(self, counts: np.ndarray) -> Composition:
         """Krige some genes, of which ``counts (n, G)`` were measured."""
         y = self.composition(counts)
-        weighted = self.precision[:, None] * self.scores
-        loadings = weighted.T @ y / np.maximum((weighted * self.scores).sum(0), 1e-12)[:, None]
-        return Composition(self, counts, y, self.kriging.solve(y), loadings)
+        return Composition(self, counts, y, self.kriging.solve(y), self.regression @ y)
 
     def deviations(self, n_samples: int, seed: int) -> Any:
         """Draws of what is left open: a function of places, shape ``(len(places), n_samples, K + 1)``; and its columns."""
@@ -210,7 +223,7 @@ class SectionModel:
         weight = weight / max(weight.sum(), 1e-12)
         length = np.nan_to_num(self.shared.length[:-1])
         used = np.where(np.isfinite(self.shared.length[:-1]), weight, 0)
-        variance = (self.scores**2).mean(0) / (self.scores**2).mean(0).sum()
+        variance = (self.scores**2).mean(0) / max((self.scores**2).mean(0).sum(), 1e-12)
         return {
             "kernels": {name: round(float(share[:-1] @ weight), 4) for name, share in self.shared.kernels.items()},
             "correlation_length_um": round(float(length @ used / max(used.sum(), 1e-12)) * pitch_um, 2),
@@ -248,6 +261,8 @@ class Composition:
         """How well each spot is predicted from the others, gene by gene."""
         shared = self.model.shared.out_of_fold
         composition = self.combined(self.fields.out_of_fold, shared[:, :-1])
+        own = (shared[:, :-1] * self.model.regression.T).sum(1)  # what a spot gave to the loadings comes back to it
+        composition = composition - own[:, None] * (self.y - self.fields.mean) / 2
         predicted = self.counts_of(composition, shared[:, -1]) * self.model.area[:, None]
         n = len(composition)
         score = _correlation(composition, self.y)
@@ -280,7 +295,7 @@ def components(y: np.ndarray, precision: np.ndarray) -> np.ndarray:
 
 
 def _conformal(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Half the width of intervals that hold 90 % of what is measured in new spots (Vovk et al., 2005), per column."""
+    """Half the width of intervals that hold 90 % of the spots, each predicted from the others (jackknife), per column."""
     error = np.sort(np.abs(truth - prediction), axis=0)
     return error[min(int(np.ceil((len(error) + 1) * COVERAGE)), len(error)) - 1]
 
@@ -341,8 +356,10 @@ def _maps(
 
 def _genes(sdata: SpatialData, low_res: str, genes: Sequence[str] | None) -> list[str]:
     """The genes to write: all that were measured by default."""
-    known = sdata.images[low_res].coords["c"].values if low_res in sdata.images else sdata.tables[low_res].var_names
+    known = get_map(sdata, low_res).coords["c"].values if low_res in sdata.images else sdata.tables[low_res].var_names
     known = [str(name) for name in known]
+    if genes is None and len(set(known)) < len(known):
+        raise ValueError(f"gene names of {low_res!r} occur more than once; run .var_names_make_unique() first.")
     genes = known if genes is None else [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
     if not genes or len(set(genes)) < len(genes):
         raise ValueError(f"`genes` must name at least one gene, and each once; found {len(genes)}.")
@@ -366,6 +383,10 @@ def _grid(
     mpp: float | None,
 ) -> Grid:
     """The bins of the result: those of a map, or of the image, or around the spots."""
+    if bin_um is not None:
+        check_positive("bin_um", bin_um)
+    if factor is not None and (isinstance(factor, bool) or factor != int(factor) or factor < 1):
+        raise ValueError(f"`factor` must be a whole number of at least 1, found {factor!r}.")
     if like is not None:
         grid = Grid.of_map(sdata, like)
         if bin_um is not None and not abs(bin_um / grid.bin_um - 1) <= 0.01:
@@ -377,13 +398,15 @@ def _grid(
         return grid
     if low_res in sdata.images:
         low = Grid.of_map(sdata, low_res)
-        wanted = BINS_PER_SPOT if factor is None and bin_um is None else factor or low.bin_um / bin_um
-        if abs(wanted - round(wanted)) > 0.01 or round(wanted) < 1:
+        if bin_um is None:
+            return low.refined(int(factor or BINS_PER_SPOT))
+        times = low.bin_um / bin_um
+        if abs(times - round(times)) > 0.01 or round(times) < 1 or factor not in (None, round(times)):
             raise ValueError(
-                f"the bins of {low_res!r} are {low.bin_um:.4g} µm, which is not a whole number of times bin_um={bin_um!r}; pass "
-                "factor=<how many times finer>."
+                f"the bins of {low_res!r} are {low.bin_um:.4g} µm, {times:.4g} times bin_um={bin_um!r}, which must be a whole "
+                f"number of times and, if it is given, factor (found {factor!r}); pass one of both."
             )
-        return low.refined(round(wanted))
+        return low.refined(round(times))
     if factor is not None:
         raise ValueError(
             f"`factor` is for maps, and low_res={low_res!r} is a table of spots; pass bin_um=<µm> instead."
@@ -407,6 +430,14 @@ def _rounded(um: float) -> float:
     return float(max(round(um / unit), 1) * unit)
 
 
+def _check_enough(n: int, found: str) -> None:
+    if n < FEWEST:
+        raise ValueError(
+            f"fewer than {FEWEST} spots to learn from: {found}. A map cannot be learned from so little; use a model that was "
+            "fitted on other sections: superresolve(..., model=...)."
+        )
+
+
 def _check_apart(spots: Measurement, low_res: str) -> None:
     _, first, count = np.unique(np.round(spots.centers, 3), axis=0, return_index=True, return_counts=True)
     if (count > 1).any():
@@ -420,7 +451,13 @@ def _check_apart(spots: Measurement, low_res: str) -> None:
 def _total(sdata: SpatialData, low_res: str, grid: Grid) -> np.ndarray:
     """Counts of each spot over all genes."""
     if low_res in sdata.images:
-        names = [str(name) for name in sdata.images[low_res].coords["c"].values]
+        low = get_map(sdata, low_res)
+        unknown = np.isnan(np.asarray(low.data))
+        if (unknown.any(0) != unknown.all(0)).any():
+            raise ValueError(
+                f"in some bins of {low_res!r}, some genes are NaN and others are not; make them all NaN, or none."
+            )
+        names = [str(name) for name in low.coords["c"].values]
         return measurement_of(sdata, low_res, grid, names).counts.sum(1).astype(float)
     return np.asarray(get_counts(sdata.tables[low_res], dense=False).sum(1), float).ravel()
 
@@ -436,6 +473,10 @@ def _usable(
             "transformation of one of them: spatialdata.transformations.set_transformation."
         )
     inside = ((spots.centers >= 0) & (spots.centers <= np.array([grid.height, grid.width]))).all(1)
+    if image_key is not None:
+        sizes = image_levels(sdata.images[image_key])[0].sizes
+        pixel = apply_affine(grid.to_element(sdata, image_key), spots.centers[:, ::-1])
+        inside &= ((pixel >= 0) & (pixel <= np.array([sizes["x"], sizes["y"]]))).all(1)
     kept = np.flatnonzero(inside & (total > 0))
     if len(spots) > MOST:
         raise ValueError(
@@ -443,12 +484,8 @@ def _usable(
             "(stgen.pp.rasterize with a larger bin_um), or crop the section (spatialdata.bounding_box_query)."
         )
     empty, outside = int((total <= 0).sum()), int((~inside).sum())
-    found = f"{len(spots)} spots in {low_res!r}, {empty} without counts, {outside} outside of the grid"
-    if len(kept) < FEWEST:
-        raise ValueError(
-            f"fewer than {FEWEST} spots to learn from: {found}. A map cannot be learned from so little; use a model that was "
-            "fitted on other sections: superresolve(..., model=...)."
-        )
+    found = f"{len(spots)} spots in {low_res!r}, {empty} without counts, {outside} off the grid or the image"
+    _check_enough(len(kept), found)
     if empty or outside:
         logger.warning("%s: left out.", found)
     return kept

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -18,7 +20,7 @@ from spatialdata.transformations import Identity
 from stgen._grid import Grid
 from stgen._io import check_new_key, record, write_image
 
-__all__ = ["MapResult", "check_result_keys", "check_store"]
+__all__ = ["TABLE", "MapResult", "check_result_keys", "check_store", "is_result"]
 
 FUNCTION = "tl.superresolve"
 SUFFIXES = ("", "_std", "_samples", "_total")
@@ -27,7 +29,8 @@ CHUNK = 512  # bins along a side of what is written for good
 GENES_PER_CHUNK = 16  # of what is streamed
 
 
-def _is_result(sdata: SpatialData, key: str) -> bool:
+def is_result(sdata: SpatialData, key: str) -> bool:
+    """Whether :func:`stgen.tl.superresolve` made an element."""
     return sdata.attrs.get("stgen", {}).get(key, {}).get("function") == FUNCTION
 
 
@@ -35,20 +38,23 @@ def check_result_keys(sdata: SpatialData, key_added: str, inputs: Sequence[str],
     """Refuse keys that exist, unless they are an earlier result that may be overwritten, and names that cannot be."""
     keys = [f"{key_added}{suffix}" for suffix in SUFFIXES]
     others = {name.lower(): name for _, name, _ in sdata.gen_elements() if name not in sdata.images or name not in keys}
+    table = f"{key_added}{TABLE}"
+    if table in sdata.tables and (table in inputs or not (overwrite and is_result(sdata, table))):
+        raise ValueError(
+            f"sdata.tables[{table!r}] exists already. Pass overwrite=True to replace it, if it is a result of {FUNCTION} and none "
+            "of its inputs, or another key_added=."
+        )
+    if table not in sdata.tables and table.lower() in others:
+        raise ValueError(f"the name {others[table.lower()]!r} is taken by another element; pass another key_added=.")
     for key in keys:
         check_new_key(sdata.images, key, overwrite=overwrite, what="sdata.images")
-        if key in inputs or (key in sdata.images and not _is_result(sdata, key)):
+        if key in inputs or (key in sdata.images and not is_result(sdata, key)):
             raise ValueError(
                 f"sdata.images[{key!r}] is not a result of {FUNCTION} or is one of its inputs, and is not replaced; pass "
                 "another key_added=."
             )
         if key.lower() in others:
             raise ValueError(f"the name {others[key.lower()]!r} is taken by another element; pass another key_added=.")
-    if f"{key_added}{TABLE}" in sdata.tables and not (overwrite and _is_result(sdata, f"{key_added}{TABLE}")):
-        raise ValueError(
-            f"sdata.tables[{key_added + TABLE!r}] exists already. Pass overwrite=True to replace it, if it is a result of "
-            f"{FUNCTION}, or another key_added=."
-        )
     trial = SpatialData()  # refuses names that cannot be stored
     write_image(trial, key_added, np.zeros((1, 1, 1)), channels=["x"], transformations={"global": Identity()})
 
@@ -77,7 +83,7 @@ def check_store(
         there = SpatialData.read(store)
     except Exception as error:  # whatever zarr says of what is no store
         raise ValueError(f"{store} is no SpatialData store and is not replaced; pass another store=.") from error
-    foreign = [key for _, key, _ in there.gen_elements() if not _is_result(there, key)]
+    foreign = [key for _, key, _ in there.gen_elements() if not is_result(there, key)]
     if foreign:
         raise ValueError(
             f"{store} also holds {', '.join(foreign[:5])}, which {FUNCTION} did not make, and is not replaced; pass "
@@ -199,12 +205,14 @@ class MapResult:
         keys = list(result.images)
         table_key = f"{self.key_added}{TABLE}"
         if table is not None:
-            result.tables[table_key] = table
+            with _without_region():
+                result.tables[table_key] = table
             record(result, table_key, {**entry, "statistic": "out of fold"})
         entries = result.attrs["stgen"]
         if self._folder is not None:
-            result.write(self._folder / "result.zarr")
-            result = self._publish()
+            with _without_region():
+                result.write(self._folder / "result.zarr")
+                result = self._publish()
         earlier = [f"{self.key_added}{suffix}" for suffix in (*SUFFIXES, TABLE)]
         kept = {key: value for key, value in sdata.attrs.get("stgen", {}).items() if key not in earlier}
         for key in earlier:
@@ -243,6 +251,14 @@ class MapResult:
             if old.exists():
                 old.rename(self.store)
             raise
+
+
+@contextmanager
+def _without_region() -> Iterator[None]:
+    """The spots that a table annotates are in the user's object, not in the one that is made first."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The table is annotating")
+        yield
 
 
 def _put(array: np.ndarray | zarr.Array, at: tuple, values: np.ndarray, kept: np.ndarray) -> None:

@@ -120,7 +120,8 @@ def superresolve(
     seed
         Random seed.
     store
-        Path of a new SpatialData store to which the result is streamed. Memory then does not grow with the section.
+        Path of a new SpatialData store to which the result is streamed. With a model, memory then does not grow with the section;
+        without one, the features of the whole image are held, about 600 bytes per bin.
     mpp
         µm per pixel of the image's finest level, where neither a micrometer coordinate system nor the 100 µm pitch of Visium
         spots tells.
@@ -140,7 +141,8 @@ def superresolve(
 
     - ``sdata.images[key_added]``: the expected map, on the model's scale (log1p, say), brought back to counts: the
       regression of models that have one and diffuse what remains, else the mean of the samples
-    - ``sdata.images[f"{key_added}_std"]``: standard deviation of the samples (``n_samples > 1``, stochastic models)
+    - ``sdata.images[f"{key_added}_std"]``: standard deviation of the samples (``n_samples > 1``, stochastic models); without a
+      model, of what kriging leaves open, which is not all that may be wrong: see ``"trusted"`` and ``"interval_90"``
     - ``sdata.images[f"{key_added}_samples"]``: samples, channels ``"<gene>:<number>"``, with ``keep_samples=True``
     - ``sdata.attrs["stgen"][key]`` for each: function, model, weights' hash, inputs, unit, ``"bin_um"``, parameters,
       seed, version
@@ -152,7 +154,7 @@ def superresolve(
       others. ``var``: ``"score"`` (their correlation with what was measured, on ``log1p(counts / total x median total)``),
       ``"trusted"`` (whether it is surely above 0.1: the lower end of its 95 % confidence interval), ``"from_image"`` and
       ``"from_neighbors"`` (the shares of the variance that look and surroundings predict), ``"interval_90"`` (90 % of spots lie
-      within the prediction plus and minus this, on log1p(counts); split conformal) and ``"interval_90_norm"`` (on log1p(counts
+      within what is predicted of them from the others plus and minus this, on log1p(counts)) and ``"interval_90_norm"`` (on log1p(counts
       per 10,000)), ``"mean_counts"``
     - in ``sdata.attrs["stgen"][key_added]``: ``"kernels"``, ``"correlation_length_um"``, ``"from_image"``, ``"from_neighbors"``,
       ``"n_spots"``, ``"n_spots_left_out"`` (without counts or off the image), ``"n_trusted"``
@@ -185,7 +187,8 @@ def superresolve(
 
     From one section and nothing else:
 
-    >>> stgen.tl.superresolve(sdata, "he", ["EPCAM", "COL1A1"], key_added="own", progress=False)
+    >>> genes = ["EPCAM", "COL1A1"]
+    >>> stgen.tl.superresolve(sdata, "he", genes, low_res="spot_counts", key_added="own", progress=False)
     >>> sdata.tables["own_out_of_fold"].shape
     (37, 2)
     """
