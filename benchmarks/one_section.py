@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 import spatialdata as sd
 from scipy.spatial.distance import cdist
-from spatialdata.transformations import Sequence, Translation, get_transformation, set_transformation
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import get_transformation
 
 import stgen
 from stgen import datasets, pp, tl
@@ -203,16 +204,18 @@ def pancreas() -> sd.SpatialData:
 
 
 def displaced(sdata: sd.SpatialData, image_key: str, um: float) -> sd.SpatialData:
-    """The object with an image moved along x, which then shows other tissue than the spots lie on."""
-    image = sd.SpatialData(images={image_key: sdata[image_key].copy()})
-    for name, place in get_transformation(image[image_key], get_all=True).items():
-        set_transformation(
-            image[image_key], Sequence([place, Translation([um], axes=("x",))]), to_coordinate_system=name
-        )
+    """The object with an image moved along x, what leaves it on one side comes back on the other: it shows other tissue."""
+    finest = sdata[image_key]["scale0"]["image"]
+    places = get_transformation(sdata[image_key], get_all=True)
+    px_um = places["um"].to_affine_matrix(("x",), ("x",))[0, 0]
+    rolled = np.roll(np.asarray(finest.data), round(um / px_um), axis=2)
+    image = Image2DModel.parse(
+        rolled, dims=("c", "y", "x"), c_coords=list(finest.coords["c"].values), transformations=places
+    )
+    images = {**dict(sdata.images.items()), image_key: image}
     return sd.SpatialData(
-        images={**dict(sdata.images.items()), image_key: image[image_key]}, shapes=dict(sdata.shapes.items()), tables=dict(sdata.tables.items()),
-        attrs=dict(sdata.attrs),
-    )  # fmt: skip
+        images=images, shapes=dict(sdata.shapes.items()), tables=dict(sdata.tables.items()), attrs=dict(sdata.attrs)
+    )
 
 
 def truth(*, shuffled: bool = False) -> None:

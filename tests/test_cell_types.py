@@ -367,6 +367,10 @@ def test_results_are_stored_with_their_record(sdata, table, reference, values, t
         entry = again.attrs["stgen"][key]
         assert entry == sdata.attrs["stgen"][key]
         assert entry["types"].split("\n") == TYPES
+        assert (
+            entry["unit"]
+            == {"": "probability", "_frequency": "share of the samples", "_label": "number of the type"}[key[10:]]
+        )
         assert (entry["function"], entry["method"], entry["map_key"]) == ("tl.localize_cell_types", "reference", "map")
     tl.localize_cell_types(table, **by("markers", None) | {"markers": {"A": ["g0"], "B": ["g3"]}})
     table.write_h5ad(tmp_path / "table.h5ad")
@@ -418,6 +422,7 @@ BAD = [
     ({"markers": MARKERS, "temperature": 0}, ValueError, "temperature"),
     ({"markers": MARKERS, "temperature": "warm"}, ValueError, "temperature"),
     ({"markers": MARKERS, "map_key": "nothing"}, KeyError, "no map in sdata.images 'nothing'"),
+    ({"markers": MARKERS, "map_key": None}, KeyError, "no table; pass map_key=<one of .*: map>"),
     ({"markers": MARKERS, "table_key": "t"}, ValueError, "leave it out for a table"),
     ({"markers": MARKERS, "key_added": "map", "overwrite": True}, ValueError, "'map' is there and not a result"),
     ({"markers": MARKERS, "key_added": "Map"}, ValueError, "'map' is there"),

@@ -26,7 +26,7 @@ from spatialdata.transformations import Identity, get_transformation
 
 from stgen import datasets, metrics, models, pp, tl
 from stgen._grid import Grid, measurement_of
-from stgen._io import shallow_copy
+from stgen._io import get_section, shallow_copy
 
 spec = importlib.util.spec_from_file_location("tenx", Path(__file__).with_name("tenx.py"))
 tenx = importlib.util.module_from_spec(spec)
@@ -176,6 +176,18 @@ def test_visium_is_predicted_as_the_section_itself_is(visium, simulated, tmp_pat
     assert scores["COL1A1"] > 0.3
     assert table.uns["stgen"]["predicted"]["weights_sha256"] == probe.weights_sha256()
     check_stored(visium, tmp_path / "visium.zarr", [], ["table"])
+
+
+def test_visium_read_by_squidpy_is_the_same_section(visium, folders):
+    adata = sq.read.visium(folders / "visium", library_id="section")
+    adata.var_names_make_unique()
+    assert get_section(adata).spot_diameter_um == pytest.approx(55, rel=1e-3)
+    assert pp.check_alignment(adata).mpp == pytest.approx(2, rel=1e-3)  # of the hires image
+    pp.embed(adata, model=colors, progress=False)
+    pp.embed(visium, image_key="section_hires_image", model=colors, progress=False)
+    again = visium["table"][adata.obs_names]
+    np.testing.assert_array_equal(as_array(adata.X), as_array(again.X))
+    np.testing.assert_allclose(adata.obsm["X_colors"], again.obsm["X_colors"], atol=1e-3)
 
 
 # ---- Visium HD -------------------------------------------------------------------------------------------------------

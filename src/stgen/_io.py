@@ -108,8 +108,8 @@ def get_section(
         Element that the table annotates; chooses among tables.
     mpp
         µm per pixel: of the image's finest level (SpatialData) or of the full-resolution image that
-        ``obsm["spatial"]`` refers to (AnnData). None: from a micrometer coordinate system, or from the 100 µm pitch of
-        Visium spots.
+        ``obsm["spatial"]`` refers to (AnnData). None: from a micrometer coordinate system, from the names of Visium HD's
+        bins (``square_016um``), or from the 100 µm pitch of Visium spots.
     coordinate_system
         The one in which image and locations meet; None: a micrometer one if there is one, else "global", else the
         only one.

@@ -85,8 +85,8 @@ def rasterize(
     coordinate_system
         The grid lies along its axes. None: a micrometer one if there is one, else "global", else the first.
     mpp
-        µm per unit of that coordinate system. None: 1 if its name says micrometers, else from one that does. For
-        the "global" pixels of a Xenium section, 0.2125.
+        µm per unit of that coordinate system. None: 1 if its name says micrometers, else from one that does, or from the bins
+        of Visium HD, which are named after their side (``square_016um``). For the "global" pixels of a Xenium section, 0.2125.
     key_added
         Name of the map.
     overwrite

@@ -40,6 +40,15 @@ FUNCTION = "tl.localize_cell_types"
 CHUNK = 512  # bins along a side of the labels' chunks
 VALUES_AT_ONCE = 2**22  # of a table
 PSEUDOCOUNT = 1.0  # per gene and type, so that no gene rules out a type
+UNITS = {"": "probability", "_frequency": "share of the samples", "_label": "number of the type"}
+
+Slices = tuple[slice, ...]
+Part = tuple[Slices, np.ndarray, np.ndarray]
+"""Where some locations are, the evidence for each type ``(types, ...)``, and the counts in all ``(...)``, NaN if unknown."""
+See = Callable[[slice, np.ndarray], None]
+"""What is shown which genes, and their counts ``(k, ...)``."""
+Take = Callable[[slice, list[str]], np.ndarray]
+"""Gives the counts ``(rows, genes)`` of some rows and genes."""
 
 
 def localize_cell_types(
@@ -137,7 +146,7 @@ def localize_cell_types(
 
     Only the shares of genes matter for the type, not the depth of a location; the depth makes it more certain. Genes are
     taken as independent, so the probabilities of locations with many counts are too certain; samples are not, if they are
-    calibrated.
+    calibrated. A prediction on the scale of counts per 10,000 is taken as that many counts, the more so: raise the temperature.
 
     **Markers**: counts become ``log1p(counts per 10,000)`` of the location, and each marker is standardized over all locations
     (of the same sample). A type's score is the mean over its markers, and probabilities are the softmax of scores divided by
@@ -172,6 +181,10 @@ def localize_cell_types(
         raise ValueError(
             "map_key= names a map of a SpatialData; leave it out for a table, and table_key= and layer= for a map."
         )
+    if map_key is None and isinstance(data, SpatialData) and not data.tables:
+        raise KeyError(
+            f"the object has no table; pass map_key=<one of the maps in sdata.images: {_named(data.images)}>."
+        )
     if map_key is None:
         expression = _of_table(data, table_key, layer)
     else:
@@ -195,7 +208,7 @@ def localize_cell_types(
     entry = provenance(
         FUNCTION, method="markers" if reference is None else "reference", types="\n".join(method.types),
         map_key=map_key, layer=layer, genes=method.genes, labels_column=labels_column,
-        prior=None if reference is None else prior, temperature=float(temperature), unit="probability",
+        prior=None if reference is None else prior, temperature=float(temperature), unit=UNITS[""],
         n_samples=n_samples if n_samples > 1 else None,
     )  # fmt: skip
     where, data = target.write(method.types, probability, label, frequency, entry, copy=copy)
@@ -221,9 +234,6 @@ def _classify(
 
 
 # ---- what types look like --------------------------------------------------------------------------------------------
-
-Part = tuple[tuple[slice, ...], np.ndarray, np.ndarray]
-"""Where some locations are, the evidence for each type ``(types, ...)``, and the counts in all ``(...)``, NaN if unknown."""
 
 
 @dataclass(frozen=True)
@@ -375,10 +385,6 @@ def _scaled(counts: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 # ---- expression ------------------------------------------------------------------------------------------------------
 
-Slices = tuple[slice, ...]
-See = Callable[[slice, np.ndarray], None]
-"""What is shown which genes, and their counts ``(k, ...)``."""
-
 
 @dataclass(frozen=True)
 class _Window:
@@ -472,8 +478,6 @@ class _Rows:
         return (replace(self, take=self.sample(number, self.genes)) for number in range(self.n_samples))
 
 
-Take = Callable[[slice, list[str]], np.ndarray]
-"""Gives the counts ``(rows, genes)`` of some rows and genes."""
 _Expression = _Bins | _Rows
 
 
@@ -611,12 +615,12 @@ class _Target:
         data = self.data
         if copy:
             data = shallow_copy(data) if isinstance(data, SpatialData) else _copied(data)
-        images = {self.key: probability} | ({} if frequency is None else {f"{self.key}_frequency": frequency})
+        results = {"": probability} | ({} if frequency is None else {"_frequency": frequency})
         if self.map_key is None:
             table = get_table(data, table_key=self.table_key)
             table.obsm.pop(f"{self.key}_frequency", None)  # of an earlier result
-            for name, values in images.items():
-                table.obsm[name] = pd.DataFrame(values.T, index=table.obs_names, columns=types)
+            for suffix, values in results.items():
+                table.obsm[f"{self.key}{suffix}"] = pd.DataFrame(values.T, index=table.obs_names, columns=types)
             codes = pd.Categorical.from_codes(label.astype(int) - 1, categories=types)
             table.obs[f"{self.key}_label"] = codes
             record(table, self.key, entry)
@@ -624,13 +628,15 @@ class _Target:
         transformations = get_transformation(data.images[self.map_key], get_all=True)
         data.images.pop(f"{self.key}_frequency", None)
         data.attrs["stgen"] = {k: v for k, v in data.attrs.get("stgen", {}).items() if k != f"{self.key}_frequency"}
-        for name, values in images.items():
-            write_image(data, name, values, channels=types, transformations=transformations, overwrite=True)
-            record(data, name, entry)
+        for suffix, values in results.items():
+            write_image(
+                data, f"{self.key}{suffix}", values, channels=types, transformations=transformations, overwrite=True
+            )
         data.labels[f"{self.key}_label"] = Labels2DModel.parse(
             label, dims=("y", "x"), transformations=transformations, chunks=(CHUNK, CHUNK)
         )
-        record(data, f"{self.key}_label", entry)
+        for suffix in (*results, "_label"):
+            record(data, f"{self.key}{suffix}", {**entry, "unit": UNITS[suffix]})
         return f"images[{self.key!r}] and labels['{self.key}_label']; sdata.write(path) saves them", data
 
 
