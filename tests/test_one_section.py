@@ -18,7 +18,7 @@ from spatialdata.transformations import Identity, Scale, Translation, get_transf
 
 from stgen import datasets, models, pl, pp
 from stgen._grid import Grid, measurement_of
-from stgen._io import shallow_copy
+from stgen._io import get_section, shallow_copy
 from stgen.kriging import Places
 from stgen.tl import _one_section
 from stgen.tl._one_section import SectionModel, components
@@ -1031,3 +1031,9 @@ def test_trusted_genes_have_plain_titles(doubtful):
     doubtful[TABLE].var["trusted"] = True
     axes = pl.maps(doubtful, "ACTB", keys="superresolved", panels="predicted")
     assert axes[0, 0].get_title() == "superresolved"
+
+
+def test_the_table_out_of_fold_is_never_taken_for_that_of_the_spots(section, result):
+    assert get_section(result).table is result["spot_counts"]
+    assert pp.select_genes(result, 3) == pp.select_genes(section, 3)
+    assert get_section(result, table_key="superresolved_out_of_fold").table is result["superresolved_out_of_fold"]

@@ -51,6 +51,7 @@ __all__ = [
 
 logger = logging.getLogger("stgen")
 
+OUT_OF_FOLD = "out of fold"  # what the record of a table says that is never taken unless it is named
 _VISIUM_PITCH_UM = 100.0
 _VISIUM_SPOT_UM = 55.0
 _SPACE_RANGER_UM = 65.0  # spot_diameter_fullres is that of "a theoretical 65 µm spot"
@@ -279,9 +280,11 @@ def find_image(sdata: SpatialData, image_key: str | None) -> str:
 
 
 def _find_table(sdata: SpatialData, table_key: str | None, shapes_key: str | None) -> str:
+    results = sdata.attrs.get("stgen", {})
+    keys = [key for key in sdata.tables if key == table_key or results.get(key, {}).get("statistic") != OUT_OF_FOLD]
     if table_key is not None or shapes_key is None:
-        return only_key(sdata.tables, table_key, argument="table_key", what="table")
-    linked = [key for key, table in sdata.tables.items() if shapes_key in _region_names(table)]
+        return only_key(keys, table_key, argument="table_key", what="table")
+    linked = [key for key in keys if shapes_key in _region_names(sdata.tables[key])]
     if not linked:
         raise KeyError(
             f"No table annotates {shapes_key!r}; the tables are {_listed(sdata.tables)}. Link one with "

@@ -18,7 +18,7 @@ from spatialdata import SpatialData, get_dask_backing_files
 from spatialdata.transformations import Identity
 
 from stgen._grid import Grid
-from stgen._io import check_new_key, record, write_image
+from stgen._io import OUT_OF_FOLD, check_new_key, record, write_image
 
 __all__ = ["TABLE", "MapResult", "check_result_keys", "check_store", "is_result"]
 
@@ -207,7 +207,7 @@ class MapResult:
         if table is not None:
             with _without_region():
                 result.tables[table_key] = table
-            record(result, table_key, {**entry, "statistic": "out of fold"})
+            record(result, table_key, {**entry, "statistic": OUT_OF_FOLD})
         entries = result.attrs["stgen"]
         if self._folder is not None:
             with _without_region():
