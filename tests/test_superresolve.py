@@ -259,7 +259,7 @@ def test_from_histology_alone(sdata, monkeypatch):
     def all_tissue(image):
         return np.ones((50, 50), bool), 12.0
 
-    monkeypatch.setattr("stgen.tl._superresolve.tissue_mask", all_tissue)
+    monkeypatch.setattr("stgen.tl._tissue.tissue_mask", all_tissue)
     assert _alignment.tissue_mask is not all_tissue
     superresolve(sdata, model=Local(needs_low_res=False), key_added="everywhere", **QUICK)
     assert np.isfinite(values_of(sdata, "everywhere")).all()
