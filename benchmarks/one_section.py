@@ -18,6 +18,7 @@ import os
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -270,11 +271,14 @@ def truth(*, shuffled: bool = False) -> None:
 
 def simple_maps(sdata: sd.SpatialData, grid: Grid, spots: object, low: int, high: int) -> dict[str, np.ndarray]:
     """Kriging, probe, and kriging of the probe's errors, on the features that the model without a model sees."""
-    from stgen.tl._one_section import _features, _places
+    from stgen.tl._section_input import MeasuredSection
 
+    section = MeasuredSection.of(
+        sdata, "stains", "spots_counts", None, bin_um=None, factor=None, like="true_map", mpp=None
+    )
     y = np.log1p(spots.counts)
-    features = _features(sdata, "stains", grid, progress=False)
-    places = _places(spots, features, np.arange(len(spots)))
+    features = section.features(progress=False)
+    places = replace(section, kept=np.arange(len(spots))).places(features)
     center, spread = places.features.mean(0), places.features.std(0).clip(1e-9)
     x = np.clip((places.features - center) / spread, -4, 4)
     rows, columns = np.mgrid[low:high, : grid.width] + 0.5

@@ -411,6 +411,9 @@ def test_draws_agree_at_spots_almost_without_noise(monkeypatch, spots, y):
     assert np.abs(draw(spots)).max() < 1e-3 * np.abs(draw(far)).max()
 
 
-def test_nothing_moves_the_global_random_state(untouched_rng, spots, y):
-    model = Kriging(spots, guide=y, seed=3)
-    model.draw(y, model.solve(y), 2, 0)(spots)
+def test_draws_follow_the_seed_and_not_the_global_random_state(untouched_rng, spots, y):
+    def drawn():
+        model = Kriging(spots, guide=y, seed=3)
+        return model.draw(y, model.solve(y), 2, 0)(spots)
+
+    np.testing.assert_array_equal(drawn(), drawn())

@@ -20,8 +20,8 @@ from stgen import datasets, models, pl, pp
 from stgen._grid import Grid, measurement_of
 from stgen._io import get_section, shallow_copy
 from stgen.kriging import Places
-from stgen.tl import _one_section
-from stgen.tl._one_section import SectionModel, components
+from stgen.tl import _one_section, _section_input
+from stgen.tl._section_model import SectionModel, components
 from stgen.tl._superresolve import superresolve
 
 spec = importlib.util.spec_from_file_location("tenx", Path(__file__).with_name("tenx.py"))
@@ -204,7 +204,7 @@ def with_hole(section):
 
 @pytest.mark.parametrize("reach", [3.0, 1.3])
 def test_tissue_of_the_image_is_filled_as_far_as_three_pitches(monkeypatch, section, reach):
-    monkeypatch.setattr(_one_section, "REACH", reach)
+    monkeypatch.setattr(_section_input, "REACH", reach)
     found = run(with_hole(section), genes=["EPCAM"])
     known, distance = np.isfinite(values_of(found)[0]), distance_to_spots(found)
     hole = np.hypot(*(np.mgrid[:N_BINS, :N_BINS] + 0.5 - np.array([32, 24])[:, None, None])) < 12.5
@@ -398,7 +398,7 @@ def test_nothing_is_left_of_a_store_that_fails(monkeypatch, section, tmp_path):
     def fail(*_, **__):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr(_one_section, "_report", fail)
+    monkeypatch.setattr(_section_input.MeasuredSection, "table", fail)
     sdata = shallow_copy(section)
     before = state(sdata)
     with pytest.raises(RuntimeError, match="on the way"):
@@ -692,7 +692,7 @@ def test_a_spot_does_not_predict_itself():
     """Neither by kriging nor through the loadings of its genes on components: they are those of a fit without its count."""
     model, counts = small_model()
     found = model.genes(counts)
-    report = found.report([f"g{i}" for i in range(30)])
+    predicted, scores = found.out_of_fold([f"g{i}" for i in range(30)])
     shared, precision = model.shared.out_of_fold, 1 / np.clip(np.median(model.total) / model.total, 0.05, 50)
     y = np.log1p(counts / model.total[:, None] * np.median(model.total))
     mean = np.average(y, axis=0, weights=precision)
@@ -707,9 +707,9 @@ def test_a_spot_does_not_predict_itself():
     highest = np.where(y.max(0) > 0, y.max(0) + np.log(2), 0)
     density = np.exp(np.minimum(shared[:, -1], model.most))[:, None]
     expected = np.expm1(np.clip(composition, 0, highest)) * density * 19.6 / np.median(model.total)
-    np.testing.assert_allclose(report["predicted"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-5)
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(composition.T, y.T, strict=True)]
-    np.testing.assert_allclose(report["var"]["score"], r, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(scores["score"], r, rtol=1e-6, atol=1e-9)
 
 
 def test_components_are_orthogonal_and_do_not_depend_on_the_order_of_genes():
@@ -730,10 +730,10 @@ def test_genes_that_follow_nothing_have_no_score():
     rng = np.random.default_rng(1)
     shares = counts / model.total[:, None]
     nothing = np.column_stack([rng.permutation(shares[:, i % 60]) for i in range(300)]) * model.total[:, None]
-    var = model.genes(nothing).report([f"n{i}" for i in range(300)])["var"]
+    _, var = model.genes(nothing).out_of_fold([f"n{i}" for i in range(300)])
     assert abs(var["score"].mean()) < 0.05
     assert var["trusted"].mean() < 0.05
-    assert model.genes(counts).report([f"g{i}" for i in range(60)])["var"]["score"].mean() > 0.5
+    assert model.genes(counts).out_of_fold([f"g{i}" for i in range(60)])[1]["score"].mean() > 0.5
 
 
 def test_a_displaced_image_counts_for_nothing_and_does_no_harm(dense):
@@ -915,8 +915,8 @@ def no_work(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("work was begun")
 
-    for name in ("bin_features", "SectionModel", "MapResult"):
-        monkeypatch.setattr(_one_section, name, refuse)
+    for module, name in ((_section_input, "bin_features"), (_one_section, "SectionModel"), (_one_section, "MapResult")):
+        monkeypatch.setattr(module, name, refuse)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -975,7 +975,7 @@ def test_more_than_fits_in_memory_is_refused_unless_it_goes_to_a_store(monkeypat
 
 
 def test_more_spots_than_fit_in_memory_are_refused(monkeypatch, no_work, section):
-    monkeypatch.setattr(_one_section, "MOST", 31)
+    monkeypatch.setattr(_section_input, "MOST", 31)
     before = state(section)
     with pytest.raises(ValueError, match="(?s)more than the 31.*pp.rasterize.*bounding_box_query"):
         run(section, copy=False)

@@ -172,8 +172,6 @@ class Field:
     from_image, from_neighbors
         Of the variance of each column, the share that is predicted out of fold by what the place looks like, and by what
         was measured around it; what remains is left to the mean. Shape ``(G,)``.
-    length
-        Length of the Matern kernels in pitches, weighted as they are used, shape ``(G,)``.
     noise
         Variance of the noise in units of the signal's, shape ``(G,)``.
     kernels
@@ -187,6 +185,18 @@ class Field:
     from_neighbors: np.ndarray
     noise: np.ndarray
     kernels: dict[str, np.ndarray] = field(repr=False)
+
+    def __getitem__(self, columns: np.ndarray | slice) -> Field:
+        """Some of the columns."""
+        return Field(
+            self.mean[columns],
+            {name: weight[:, columns] for name, weight in self.weights.items()},
+            self.out_of_fold[:, columns],
+            self.from_image[columns],
+            self.from_neighbors[columns],
+            self.noise[columns],
+            {name: share[columns] for name, share in self.kernels.items()},
+        )
 
     @property
     def length(self) -> np.ndarray:
