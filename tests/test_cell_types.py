@@ -22,7 +22,7 @@ from stgen._grid import Grid
 from stgen._io import shallow_copy
 from stgen._results import provenance, record, write_image, write_table
 from stgen.metrics import label_agreement
-from stgen.tl import _cell_types
+from stgen.tl import _locations
 
 GENES = [f"g{i}" for i in range(20)]
 TYPES = ["A", "B/C", "long name"]
@@ -176,7 +176,7 @@ def test_chunks_do_not_matter(sdata, table, reference, method, monkeypatch):
     options = by(method, reference)
     for data, where in ((sdata, {"map_key": "map"}), (table, {})):
         tl.localize_cell_types(data, **where, **options)
-    monkeypatch.setattr(_cell_types, "VALUES_AT_ONCE", 100)
+    monkeypatch.setattr(_locations, "VALUES_AT_ONCE", 100)
     sdata["map"] = sdata["map"].chunk({"c": 7, "y": 12, "x": 17})
     for data, where in ((sdata, {"map_key": "map"}), (table, {})):
         tl.localize_cell_types(data, **where, **options, key_added="pieces")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._calibration import calibration
 from ._correlation import gene_correlation
+from ._domains import domains
 from ._gene_scatter import gene_scatter
 from ._gene_variation import gene_variation
 from ._history import history
@@ -14,6 +15,7 @@ from ._scores import scores
 
 __all__ = [
     "calibration",
+    "domains",
     "gene_correlation",
     "gene_scatter",
     "gene_variation",

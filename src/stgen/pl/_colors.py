@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["BLUE", "GREEN", "ORANGE", "PURPLE", "SERIES", "SKY", "VERMILION"]
+__all__ = ["BLUE", "CATEGORIES", "GRAY", "GREEN", "ORANGE", "PURPLE", "SERIES", "SKY", "VERMILION"]
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+
+GRAY = "#D0D0D0"  # of what is not in question
+
+_DARK = ("#003A5C", "#7A3100", "#004D39", "#7D4464", "#7A5400", "#256A8C", "#8A8100")
+CATEGORIES = (
+    *SERIES,
+    "#F0E442",
+    "#000000",
+    *_DARK,
+)  # the first eight can be told apart by all; the rest by their brightness

@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from stgen._grid import Grid
 from stgen.metrics import ssim_map
 from stgen.pl._map_images import _window
-from stgen.pl._panels import Column, Picture, Pixels, _color_bar, _new_axes, _scale_bar, checked_axes
+from stgen.pl._panels import Column, Picture, Pixels, _color_bar, checked_axes, new_axes, scale_bar
 from stgen.tl._compared import find_compared
 from stgen.transforms import TransformName
 
@@ -107,7 +107,7 @@ def local_ssim(
     window = _window({truth_key: grid}, system, bounds_um, um_per_unit)
     picture = Picture([Column(key, "error") for key in keys], {}, window, um_per_unit)
 
-    axes = _new_axes(len(genes), picture) if axes is None else axes
+    axes = new_axes(len(genes), picture) if axes is None else axes
     for column, key in zip(axes.T, keys, strict=True):
         maps = replace(compared[key].maps, n_samples=0)
         for ax, gene in zip(column, genes, strict=True):
@@ -123,5 +123,5 @@ def local_ssim(
     for ax, gene in zip(axes[:, 0], genes, strict=True):
         ax.set_ylabel(gene, fontsize="large", fontstyle="italic")
     _color_bar(drawn, list(axes.ravel()), "local structural similarity\n(SSIM)", "neither")
-    _scale_bar(axes[-1, 0], picture)
+    scale_bar(axes[-1, 0], picture)
     return axes

@@ -14,7 +14,7 @@ from stgen.metrics import pcc
 from stgen.pl._panels import Column, Discs, Picture, Scale, check_panels, checked_axes, fine_enough, placed, sketch
 from stgen.tl._inputs import expression
 
-__all__ = ["picture_of_table"]
+__all__ = ["picture_of_table", "place_of"]
 
 SCALE_OF: dict[str, Scale] = {"measured": "expression", "predicted": "expression", "spread": "spread", "error": "error"}
 
@@ -41,7 +41,7 @@ def picture_of_table(
     section = get_section(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, mpp=mpp)
     values = _values(table, genes, shown, entries[keys[0]]["transform"], truth_layer)
 
-    discs, window = _place(section, spot_um)
+    discs, window = place_of(section, spot_um)
     columns = []
     for panel, key in shown:
         if panel == "histology":
@@ -163,7 +163,7 @@ def _values(
     return out
 
 
-def _place(section: Section, spot_um: float | None) -> tuple[Discs, tuple[float, float, float, float]]:
+def place_of(section: Section, spot_um: float | None) -> tuple[Discs, tuple[float, float, float, float]]:
     """The discs, in µm (or in units of the coordinates where µm are not known), and the window that holds them."""
     xy = section.xy_px if section.mpp is None else section.xy_um
     size = max(np.ptp(xy, 0).max(), 1e-9)

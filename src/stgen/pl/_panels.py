@@ -26,11 +26,14 @@ __all__ = [
     "check_panels",
     "checked_axes",
     "draw",
+    "draw_panel",
     "fine_enough",
+    "new_axes",
+    "scale_bar",
     "sketch",
 ]
 
-Scale = Literal["expression", "spread", "error"]
+Scale = Literal["expression", "spread", "error", "category"]
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 MAP_ALPHA = 0.75  # of a map that covers the image
@@ -211,13 +214,13 @@ def draw(
     """Draw every panel, ``(genes, columns)``, with one color bar for neighbors of one scale."""
     columns = picture.columns
     if axes is None:
-        axes = _new_axes(len(genes), picture)
+        axes = new_axes(len(genes), picture)
     for i, gene in enumerate(genes):
         values = [None if column.values is None else column.values(gene) for column in columns]
         norms = _norms(values, columns, quantiles)
         drawn = []
         for ax, column, shown in zip(axes[i], columns, values, strict=True):
-            drawn.append(_draw_panel(ax, picture, column, shown, norms, cmaps, alpha))
+            drawn.append(draw_panel(ax, picture, column, shown, norms, cmaps, alpha))
             title = [column.title if i == 0 else "", "" if column.remark is None else column.remark(gene)]
             ax.set_title("\n".join(filter(None, title)), fontsize="medium")
             if column.note is not None:
@@ -229,11 +232,11 @@ def draw(
                 shown = [values[j] for j in run]
                 _color_bar(drawn[run[-1]], list(axes[i, run]), picture.units[scale], _extend(shown, norms[scale]))
     if picture.um_per_unit is not None:
-        _scale_bar(axes[-1, 0], picture)
+        scale_bar(axes[-1, 0], picture)
     return axes
 
 
-def _new_axes(n_rows: int, picture: Picture) -> np.ndarray:
+def new_axes(n_rows: int, picture: Picture) -> np.ndarray:
     left, right, top, bottom = picture.window
     aspect = np.clip((bottom - top) / (right - left), 0.4, 2.5)
     n_columns = len(picture.columns)
@@ -245,7 +248,7 @@ def _new_axes(n_rows: int, picture: Picture) -> np.ndarray:
     return plt.subplots(n_rows, n_columns, figsize=(width, height), squeeze=False, layout="constrained")[1]
 
 
-def _draw_panel(
+def draw_panel(
     ax: Axes,
     picture: Picture,
     column: Column,
@@ -306,7 +309,7 @@ def _color_bar(drawn: Artist, axes: list[Axes], label: str, extend: str) -> None
     bar.ax.yaxis.label.set_size("small")
 
 
-def _scale_bar(ax: Axes, picture: Picture) -> None:
+def scale_bar(ax: Axes, picture: Picture) -> None:
     """A bar of a round number of µm below the panel, at most a third of its width."""
     left, right, *_ = picture.window
     third = (right - left) * picture.um_per_unit / 3 * (1 + 1e-6)  # whatever the rounding
