@@ -29,6 +29,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinxcontrib.bibtex",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "Thumbs.db", ".DS_Store", "**.ipynb_checkpoints", "jupyter_execute"]
@@ -67,6 +68,11 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
+# -- References -------------------------------------------------------------------------------------------------------
+
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+
 # -- API --------------------------------------------------------------------------------------------------------------
 
 autosummary_generate = True
@@ -88,7 +94,17 @@ NumpyDocstring._parse_returns_section = _parse_returns
 
 # -- HTML -------------------------------------------------------------------------------------------------------------
 
-html_theme = "furo"
+html_theme = "sphinx_book_theme"
+html_theme_options = {
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search field is in the sidebar
+    "path_to_docs": "docs",
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+}
+html_static_path = ["_static"]
+html_css_files = ["stgen.css"]
 html_title = f"stgen {version}"
 html_show_sphinx = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
