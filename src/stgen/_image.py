@@ -20,6 +20,7 @@ __all__ = [
     "is_micrometers",
     "micrometers_per_unit",
     "resample_matrix",
+    "slide_mpp",
     "spatial_groups",
 ]
 
@@ -290,6 +291,16 @@ def micrometers_per_unit(element: Any, scale: float) -> float | None:
     return None
 
 
+def slide_mpp(sdata: SpatialData, image_key: str) -> float | None:
+    """µm per pixel that a whole slide knows of itself (``WSIData`` of wsidata and LazySlide); None for other objects and images."""
+    slide = getattr(sdata, "properties", None)
+    mpp, shape = getattr(slide, "mpp", None), getattr(slide, "shape", None)
+    if not mpp or shape is None or not np.isfinite(mpp) or mpp <= 0:
+        return None
+    finest = image_levels(sdata.images[image_key])[0]
+    return float(mpp) if tuple(finest.shape[-2:]) == tuple(shape) else None
+
+
 def image_of(
     sdata: SpatialData, image_key: str, *, mpp: float | None = None, coordinate_system: str | None = None
 ) -> Histology:
@@ -300,6 +311,7 @@ def image_of(
             [coordinate_system] if coordinate_system is not None else list(get_transformation(element, get_all=True))
         )
         mpp = next((affine_to(element, name)[1] for name in systems if is_micrometers(name)), None)
+    mpp = mpp or slide_mpp(sdata, image_key)
     if mpp is None:
         raise ValueError(
             f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "

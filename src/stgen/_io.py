@@ -18,7 +18,15 @@ from spatialdata import SpatialData, get_centroids
 from spatialdata.transformations import get_transformation
 from xarray import DataArray
 
-from stgen._image import Histology, affine_to, image_levels, image_of, is_micrometers, micrometers_per_unit
+from stgen._image import (
+    Histology,
+    affine_to,
+    image_levels,
+    image_of,
+    is_micrometers,
+    micrometers_per_unit,
+    slide_mpp,
+)
 from stgen._results import (
     check_new_key,
     provenance,
@@ -257,6 +265,8 @@ def _section_from_spatialdata(
     matrix, scale = affine_to(sdata.images[image_key], system)
     if mpp is None:
         um_per_unit = um_per_unit or micrometers_per_unit(sdata.images[image_key], scale)
+        of_slide = slide_mpp(sdata, image_key)
+        um_per_unit = um_per_unit or (None if of_slide is None else of_slide / scale)
         um_per_unit = um_per_unit or um_per_unit_of_bins(element, region, system) or _mpp_from_pitch(xy, diameter)
         if um_per_unit is None:
             raise ValueError(
@@ -274,6 +284,8 @@ def _section_from_spatialdata(
 
 def find_image(sdata: SpatialData, image_key: str | None) -> str:
     """``image_key``, or the only image there is that is not a result of this package."""
+    if not sdata.images and hasattr(sdata, "properties"):  # a WSIData
+        raise KeyError("The slide has no image attached; open it by wsidata.open_wsi(path, attach_images=True).")
     results = sdata.attrs.get("stgen", {})
     keys = sdata.images if image_key is not None else [key for key in sdata.images if key not in results]
     return only_key(keys, image_key, argument="image_key", what="image")

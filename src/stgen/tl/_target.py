@@ -11,7 +11,8 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from stgen._io import check_new_key, get_table, record, shallow_copy, write_table
+from stgen._image import slide_mpp
+from stgen._io import check_new_key, find_image, get_table, record, shallow_copy, write_table
 from stgen.pp import embed, tile_grid
 from stgen.tl._inputs import embedding_key_of, embedding_record, predicted_in_x, recorded_embeddings
 
@@ -113,6 +114,8 @@ class Target:
         progress: bool,
     ) -> str:
         """Key of an embedding like the one that was trained on, computed if need be; tiles are laid if need be."""
+        if mpp is None and hasattr(self.data, "properties") and (self.data.images or self.table is None):  # a WSIData
+            mpp = slide_mpp(self.data, find_image(self.data, image_key))
         if self.table is None:
             self.shapes_key = f"{self.key_added}_tiles"
             tile_grid(
