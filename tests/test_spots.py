@@ -15,7 +15,8 @@ from spatialdata.transformations import Affine, Identity, Scale, get_transformat
 
 import stgen
 from stgen._grid import Grid, measurement_of
-from stgen._io import get_section, spot_pitch
+from stgen._io import get_section
+from stgen._platforms import spot_pitch
 from stgen._results import write_image, write_table
 
 XY = ("x", "y")

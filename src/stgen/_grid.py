@@ -25,8 +25,8 @@ from stgen._io import (
     get_section,
     image_of,
     only_key,
-    spot_pitch,
 )
+from stgen._platforms import spot_pitch
 from stgen.measurement import Measurement
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,7 +12,6 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from scipy.spatial import cKDTree
 from spatialdata import SpatialData, get_centroids
 from spatialdata.transformations import get_transformation
 from xarray import DataArray
@@ -27,6 +25,7 @@ from stgen._image import (
     micrometers_per_unit,
     slide_mpp,
 )
+from stgen._platforms import mpp_from_pitch, spot_diameter, um_per_unit_of_bins
 from stgen._results import (
     check_new_key,
     provenance,
@@ -50,8 +49,6 @@ __all__ = [
     "provenance",
     "record",
     "shallow_copy",
-    "spot_pitch",
-    "um_per_unit_of_bins",
     "write_circles",
     "write_image",
     "write_table",
@@ -60,9 +57,6 @@ __all__ = [
 logger = logging.getLogger("stgen")
 
 OUT_OF_FOLD = "out of fold"  # what the record of a table says that is never taken unless it is named
-_VISIUM_PITCH_UM = 100.0
-_VISIUM_SPOT_UM = 55.0
-_SPACE_RANGER_UM = 65.0  # spot_diameter_fullres is that of "a theoretical 65 µm spot"
 
 
 @dataclass
@@ -184,9 +178,9 @@ def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float |
         )
     library = next(iter(libraries.values()), {})
     factors = library.get("scalefactors", {})
-    diameter = _spot_diameter(xy, factors.get("spot_diameter_fullres"))
+    diameter = spot_diameter(xy, factors.get("spot_diameter_fullres"))
     if mpp is None and factors:
-        mpp = factors.get("microns_per_pixel") or _mpp_from_pitch(xy, diameter)
+        mpp = factors.get("microns_per_pixel") or mpp_from_pitch(xy, diameter)
     if not need_image and image_key is None:
         return Section(table, None, xy, mpp, None if mpp is None or diameter is None else float(diameter * mpp))
     images = library.get("images", {})
@@ -254,12 +248,12 @@ def _section_from_spatialdata(
     xy = _as_xy(centers[["x", "y"]].to_numpy()[position], f"the locations of the table {table_key!r}")
     radii = element["radius"].to_numpy() if "radius" in getattr(element, "columns", ()) else np.empty(0)
     one_size = radii.size > 0 and np.ptp(radii) <= 0.01 * radii.mean()
-    diameter = _spot_diameter(xy, float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None)
+    diameter = spot_diameter(xy, float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None)
 
     um_per_unit = 1.0 if is_micrometers(system) else None
     if image_key is None:
         scale = mpp if mpp is not None else um_per_unit or um_per_unit_of_bins(element, region, system)
-        scale = scale or _mpp_from_pitch(xy, diameter)
+        scale = scale or mpp_from_pitch(xy, diameter)
         spot_um = None if scale is None or diameter is None else diameter * scale
         return Section(table, None, xy, scale, spot_um, table_key=table_key)
     matrix, scale = affine_to(sdata.images[image_key], system)
@@ -267,7 +261,7 @@ def _section_from_spatialdata(
         um_per_unit = um_per_unit or micrometers_per_unit(sdata.images[image_key], scale)
         of_slide = slide_mpp(sdata, image_key)
         um_per_unit = um_per_unit or (None if of_slide is None else of_slide / scale)
-        um_per_unit = um_per_unit or um_per_unit_of_bins(element, region, system) or _mpp_from_pitch(xy, diameter)
+        um_per_unit = um_per_unit or um_per_unit_of_bins(element, region, system) or mpp_from_pitch(xy, diameter)
         if um_per_unit is None:
             raise ValueError(
                 f"The µm per pixel of the image {image_key!r} are not known: no coordinate system is named "
@@ -382,49 +376,6 @@ def _as_xy(values: Any, where: str) -> np.ndarray:
             f"{where} has {int(bad.sum())} rows without finite coordinates (first: row {int(np.argmax(bad))}); drop them."
         )
     return xy
-
-
-def spot_pitch(xy: np.ndarray) -> tuple[float, bool]:
-    """Distance between neighboring spots, and whether they lie on a hexagonal grid, as those of Visium do."""
-    if len(xy) < 7:
-        return float("nan"), False
-    distance, _ = cKDTree(xy).query(xy, k=7)
-    pitch = float(np.median(distance[:, 1]))
-    if not pitch > 0:
-        return float("nan"), False
-    six = (distance[:, 1:] < 1.15 * pitch).all(1) & (distance[:, 1:] > 0.85 * pitch).all(1)
-    return pitch, bool(six.mean() > 0.3)
-
-
-def um_per_unit_of_bins(element: Any, key: str, system: str) -> float | None:
-    """µm per unit of a coordinate system, from bins named after their side, as those of Visium HD (``square_016um``)."""
-    named = re.search(r"square_(\d{3})um$", key)
-    if named is None or not hasattr(element, "geometry"):
-        return None
-    side = 2 * element["radius"] if "radius" in element.columns else np.sqrt(element.area)
-    return float(int(named[1]) / (side.median() * affine_to(element, system)[1]))
-
-
-def _spot_diameter(xy: np.ndarray, stated: float | None) -> float | None:
-    """Diameter within which spots capture: 55 µm where it is stated as the 65 µm that Space Ranger writes for Visium."""
-    if stated is None:
-        return None
-    pitch, hexagonal = spot_pitch(xy)
-    visium = hexagonal and abs(stated / pitch - _SPACE_RANGER_UM / _VISIUM_PITCH_UM) < 0.02
-    return stated * _VISIUM_SPOT_UM / _SPACE_RANGER_UM if visium else stated
-
-
-def _mpp_from_pitch(xy: np.ndarray, diameter: float | None) -> float | None:
-    pitch, hexagonal = spot_pitch(xy)
-    if not hexagonal or (diameter is not None and not 0.45 < diameter / pitch < 0.75):
-        return None
-    logger.info(
-        "µm per pixel %.4g taken from the spots: hexagonal grid with a pitch of %.4g pixels = 100 µm (Visium). "
-        "Pass mpp= if this is not Visium.",
-        _VISIUM_PITCH_UM / pitch,
-        pitch,
-    )
-    return _VISIUM_PITCH_UM / pitch
 
 
 # -- counts -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from stgen._io import Section, get_section, get_table, spot_pitch
+from stgen._io import Section, get_section, get_table
+from stgen._platforms import spot_pitch
 from stgen.metrics import pcc
 from stgen.pl._panels import Column, Discs, Picture, Scale, check_panels, checked_axes, fine_enough, placed, sketch
 from stgen.tl._inputs import expression

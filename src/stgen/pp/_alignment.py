@@ -12,7 +12,8 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stgen._image import Histology
-from stgen._io import Section, get_section, spot_pitch
+from stgen._io import Section, get_section
+from stgen._platforms import spot_pitch
 
 __all__ = ["AlignmentReport", "check_alignment", "check_section", "tissue_mask"]
 

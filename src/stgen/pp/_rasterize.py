@@ -29,9 +29,9 @@ from stgen._io import (
     only_key,
     provenance,
     record,
-    um_per_unit_of_bins,
     write_image,
 )
+from stgen._platforms import um_per_unit_of_bins
 
 __all__ = ["degrade", "rasterize"]
 

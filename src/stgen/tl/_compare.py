@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,8 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from inspect import isabstract, isclass, signature
 from pathlib import Path
@@ -21,18 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from scipy import sparse
 from tqdm.auto import tqdm
 
 from stgen import models as families
 from stgen import train as training
-from stgen._io import get_counts, get_section, get_table
 from stgen.models import Model
 from stgen.models._base import SteppedModel
-from stgen.pp import select_genes
+from stgen.tl._compare_data import ELSEWHERE, choose_genes, hashes, named, own_tables
 from stgen.tl._evaluate import evaluate
 from stgen.tl._fit import Data, Source, fit, gather, hold_out
-from stgen.tl._inputs import embedding_key_of, embedding_record, expression
+from stgen.tl._inputs import embedding_record, expression
 from stgen.tl._predict import predict_expression
 from stgen.tl._scores import Scores
 from stgen.transforms import TransformName, unit
@@ -43,7 +39,6 @@ logger = logging.getLogger("stgen")
 
 PLAN = ("models", "train", "test", "patients", "same_patient", "genes", "genes_chosen", "transform", "seeds", "n_samples",
         "steps", "solver")  # fmt: skip
-ELSEWHERE = ("key", "image_mpp")  # of the record of an embedding: what may differ
 KNOWN = {name: getattr(families, name) for name in families.__all__}
 KNOWN = {name: cls for name, cls in KNOWN.items() if isclass(cls) and not isabstract(cls)}
 FIT_OPTIONS = {p.name for p in signature(training.fit).parameters.values() if p.kind == p.KEYWORD_ONLY}
@@ -194,13 +189,13 @@ def compare(
         source, earlier = folder, there
         plan = _plan(models, data, **choices)
     plan["models"] = _specs(plan["models"])
-    key, tables = _own_tables(data, [*plan["train"], *plan["test"]], embedding_key, table_key, layer)
+    key, tables = own_tables(data, [*plan["train"], *plan["test"]], embedding_key, table_key, layer)
     train, held_out = ({name: tables[name] for name in plan[side]} for side in ("train", "test"))
     if isinstance(plan["genes"], int):
-        plan["genes"] = _choose_genes(train, held_out, plan["genes"], gene_options or {})
+        plan["genes"] = choose_genes(train, held_out, plan["genes"], gene_options or {})
     content = plan | {
         "embedding": {k: v for k, v in embedding_record(train[plan["train"][0]], key).items() if k not in ELSEWHERE},
-        "data": {name: _hashes(table, key) for name, table in tables.items()},
+        "data": {name: hashes(table, key) for name, table in tables.items()},
     }
     content = json.loads(json.dumps(content, default=int))
     _check_work(content, train, held_out, key)
@@ -377,61 +372,7 @@ def _construct(label: str, content: Mapping[str, Any], embedding_dim: int) -> Mo
     return KNOWN[spec["model"]](content["genes"], **shared, **spec["config"])
 
 
-# ---- sections --------------------------------------------------------------------------------------------------------
-
-
-def _own_tables(
-    data: Mapping[str, Data], names: Sequence[str], embedding_key: str | None, table_key: str | None, layer: str | None
-) -> tuple[str, dict[str, AnnData]]:
-    """The key of the embedding, and tables of our own with counts, coordinates and the embedding."""
-    tables, first = {}, None
-    for name in names:
-        with _named(f"section {name!r}"):
-            table = get_table(data[name], table_key=table_key)
-            expression(table, [], "none", layer=layer)  # refuses a prediction
-            counts = sparse.csr_matrix(get_counts(table, layer=layer, dense=False), copy=True)
-            counts.eliminate_zeros()
-            counts.sum_duplicates()
-            xy = get_section(data[name], table_key=table_key).xy_px
-            embedding_key = embedding_key_of(table, embedding_key)
-            found = embedding_record(table, embedding_key)
-        first = first or found
-        differing = [k for k in {**first, **found} if k not in ELSEWHERE and found.get(k) != first.get(k)]
-        if differing:
-            raise ValueError(
-                f"section {name!r} was embedded otherwise than {names[0]!r}: "
-                + "; ".join(f"{k} is {found.get(k)!r}, not {first.get(k)!r}" for k in differing)
-                + ". Embed all in the same way with stgen.pp.embed."
-            )
-        embeddings = {k: np.asarray(table.obsm[k]) for k in _embedding_keys(table, embedding_key)}
-        record = {k: v for k, v in table.uns.get("stgen", {}).items() if k == embedding_key}
-        tables[name] = AnnData(
-            counts,
-            obs=table.obs.drop(columns="predicted", errors="ignore"),  # where predictions are going to be
-            var=pd.DataFrame(index=table.var_names),
-            obsm=embeddings | {"spatial": xy},
-            uns={"stgen": record},
-        )
-    return embedding_key, tables
-
-
-def _embedding_keys(table: AnnData, key: str) -> list[str]:
-    return [k for k in (key, f"{key}_views") if k in table.obsm]
-
-
-def _choose_genes(
-    train: Mapping[str, AnnData], test: Mapping[str, AnnData], n: int, options: Mapping[str, Any]
-) -> list[str]:
-    """The best genes by the training sections, of those that the test sections measure too."""
-    everything = min(table.n_vars for table in train.values())
-    ranked = select_genes(train, everything, at_most=True, key_added=None, **options)
-    shared = [gene for gene in ranked if all(gene in table.var_names for table in test.values())]
-    if len(shared) < n:
-        raise ValueError(
-            f"{len(shared)} genes are eligible in the training sections and measured in the test sections; {n} were asked "
-            "for. Pass a smaller genes=."
-        )
-    return shared[:n]
+# ---- checks --------------------------------------------------------------------------------------------------------------
 
 
 def _check_work(
@@ -440,7 +381,7 @@ def _check_work(
     """Refuse what would otherwise fail once some of the models were fitted, and test sections that are trained on."""
     seen = {content["data"][name]["counts"]: name for name in train}
     for name, table in {**train, **test}.items():
-        with _named(f"section {name!r}"):
+        with named(f"section {name!r}"):
             expression(table, content["genes"], content["transform"])
         same = seen.get(content["data"][name]["counts"], name)
         if name in test and same != name:
@@ -450,35 +391,9 @@ def _check_work(
     sources = {name: Source(table, table, table.obsm["spatial"]) for name, table in train.items()}
     _, blocks, _ = gather(mean, sources, embedding_key=key, layer=None)
     for label, spec in content["models"].items():
-        with _named(f"model {label!r}"):
+        with named(f"model {label!r}"):
             _construct(label, content, n_features).check_sampling(content["steps"], content["solver"])
             hold_out(blocks, spec["fit"].get("validation", 0), np.random.default_rng(0))
-
-
-def _hashes(table: AnnData, key: str) -> dict[str, Any]:
-    """Size and hashes of all that the numbers depend on."""
-    x, names = table.X, np.frombuffer("\n".join(table.var_names).encode(), np.uint8)
-    parts = {
-        "counts": (names, x.indptr.astype("<i8"), x.indices.astype("<i8"), x.data.astype("<f4")),
-        "locations": (table.obsm["spatial"].astype("<f8"),),
-        "embedding": [table.obsm[k].astype("<f4") for k in _embedding_keys(table, key)],
-    }
-    hashes = {}
-    for name, arrays in parts.items():
-        digest = hashlib.sha256()
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array))
-        hashes[name] = digest.hexdigest()
-    return {"n_locations": table.n_obs, "n_genes": table.n_vars, **hashes}
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Say of which section or model an error is."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise type(error)(f"{what}: {error.args[0]}") from error
 
 
 # ---- one run, and the folder -----------------------------------------------------------------------------------------
