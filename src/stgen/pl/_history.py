@@ -7,8 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from stgen.models import Model
+from stgen.pl._colors import BLUE, CATEGORIES, VERMILION
 
 __all__ = ["history"]
+
+PARTS = [color for color in CATEGORIES if color not in (BLUE, VERMILION)]
 
 
 def history(model: Model, *, ax: Axes | None = None) -> Axes:
@@ -51,18 +54,19 @@ def history(model: Model, *, ax: Axes | None = None) -> Axes:
             f"this {type(model).__name__} has no history of losses: it was solved at once, not trained in steps."
         )
     if ax is None:
-        ax = plt.subplots(figsize=(5, 3.2), layout="constrained")[1]
+        ax = plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     validation, total = losses.pop("validation", None), losses.pop("loss")
     style = {"marker": "o" if len(steps) < 40 else None, "ms": 3}
-    ax.plot(steps, total, color="C0", label="training", **style)
+    ax.plot(steps, total, color=BLUE, label="training", **style)
     parts = {name: values for name, values in losses.items() if not np.allclose(values, total)}
-    for (name, values), dashes in zip(parts.items(), ("--", ":", "-.") * len(parts), strict=False):
-        ax.plot(steps, values, color="C0", lw=1, ls=dashes, label=f"training: {name}")
+    for number, (name, values) in enumerate(parts.items()):
+        color, dashes = PARTS[number % len(PARTS)], ("--", ":", "-.")[number // len(PARTS) % 3]
+        ax.plot(steps, values, color=color, lw=1, ls=dashes, label=f"training: {name}")
     if validation:
         best = int(np.argmin(validation))
-        ax.plot(steps, validation, color="C1", label="validation (averaged weights)", **style)
+        ax.plot(steps, validation, color=VERMILION, label="validation (averaged weights)", **style)
         ax.axvline(steps[best], color="0.4", lw=1, ls="--", zorder=0, label=f"weights kept, step {steps[best]}")
     ax.set(xlabel="step", ylabel="loss")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return ax
