@@ -3,6 +3,7 @@
 #   make demo     the main job on the built-in section: a SpatialData store, a picture and a score table
 #   make test     the tests
 #   make docs     the documentation, warnings are errors
+#   make tutorials  the same, and keep the outputs of the tutorials in tutorials/
 #   make lint     ruff: rules and format
 #
 # PYTHON=python3.12 picks the interpreter, CONSTRAINTS= (empty) lifts the pins, PYTEST_ARGS and SPHINX_ARGS are passed on.
@@ -15,7 +16,7 @@ DEMO_OUT ?= demo-output
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help demo test docs lint format clean
+.PHONY: help demo test docs tutorials lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -32,6 +33,9 @@ docs: $(VENV)/.installed-docs
 	rm -rf docs/_build docs/generated docs/tutorials
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html $(SPHINX_ARGS) docs docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html"
+
+tutorials: docs
+	$(BIN)/python docs/keep_outputs.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from stgen import datasets, metrics, models, pl, pp, tl
 
 FOLDER = Path(__file__).parent / "runs" / "figures"
 SHEET = Path(__file__).parent / "results" / "contact_sheet.jpg"
-COLUMNS, CELL = 4, (620, 470)
+COLUMNS, WIDTH, TALLEST = 3, 820, 460
 TITLES: dict[str, str] = {}
 
 
@@ -124,17 +124,20 @@ def maps() -> None:
 
 def contact_sheet() -> None:
     """All figures small, in rows."""
-    files = [(FOLDER / f"{name}.png", title) for name, title in TITLES.items()]
-    width, height = CELL
-    rows = -(-len(files) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * width, rows * height), "white")
+    figures = []
+    for name, title in TITLES.items():
+        figure = Image.open(FOLDER / f"{name}.png").convert("RGB")
+        figure.thumbnail((WIDTH - 20, TALLEST), Image.Resampling.LANCZOS)
+        figures.append((title, figure))
+    rows = [figures[i : i + COLUMNS] for i in range(0, len(figures), COLUMNS)]
+    heights = [max(figure.height for _, figure in row) + 60 for row in rows]
+    sheet = Image.new("RGB", (COLUMNS * WIDTH, sum(heights)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    for i, (file, title) in enumerate(files):
-        x, y = i % COLUMNS * width, i // COLUMNS * height
-        figure = Image.open(file).convert("RGB")
-        figure.thumbnail((width - 20, height - 40), Image.Resampling.LANCZOS)
-        sheet.paste(figure, (x + (width - figure.width) // 2, y + 34))
-        draw.text((x + 10, y + 8), title, fill="black", font=font)
+    for i, row in enumerate(rows):
+        for j, (title, figure) in enumerate(row):
+            x, y = j * WIDTH, sum(heights[:i])
+            draw.text((x + 10, y + 8), title, fill="black", font=font)
+            sheet.paste(figure, (x + (WIDTH - figure.width) // 2, y + 40))
     sheet.save(SHEET, quality=85)
 
 

@@ -52,7 +52,7 @@ MODELS = {
     ),
     "DiffST": lambda genes, **scale: models.DiffST(genes, **COMMON, **scale),
     "C3Diff": lambda genes, **scale: models.C3Diff(genes, **COMMON, **scale),
-    "HaDMST": lambda genes, **scale: models.HaDMST(genes, **COMMON, **scale),
+    "HaDMST": lambda genes, **scale: models.HaDMST(genes, **COMMON, **{"text_encoder": "hashed", **scale}),
 }
 ABLATIONS: dict[str, dict[str, dict]] = {
     "DiffST": {
@@ -75,8 +75,8 @@ ABLATIONS: dict[str, dict[str, dict]] = {
     },
     "HaDMST": {
         "complete": {},
-        "image only": {"segmentation": False, "text_encoder": None},
-        "image and nuclei": {"text_encoder": None},
+        "image only": {"segmentation": False, "text_encoder": "none"},
+        "image and nuclei": {"text_encoder": "none"},
         "image and prompt": {"segmentation": False},
         "without semantic distillation": {"semantic": False},
         "without alignment": {"alignment_weight": 0.0},

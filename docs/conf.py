@@ -57,12 +57,13 @@ if os.environ.get("READTHEDOCS") == "True":
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# The tutorials live beside the package and are run at every build: they cannot drift from it.
+# The tutorials live beside the package and are run at every build: they cannot drift from it. Read the Docs, which has no time
+# for it, shows the outputs that `make tutorials` kept.
 shutil.rmtree(HERE / "tutorials", ignore_errors=True)
 (HERE / "tutorials").mkdir()
 for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
     shutil.copy(notebook, HERE / "tutorials")
-nb_execution_mode = "force"  # `make docs SPHINX_ARGS="-D nb_execution_mode=off"` while writing
+nb_execution_mode = "off" if os.environ.get("READTHEDOCS") == "True" else "force"  # `make docs SPHINX_ARGS="-D nb_execution_mode=off"` while writing
 nb_execution_timeout = 900  # seconds per cell
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True

@@ -47,6 +47,7 @@ GENES = ["A", "B", "C"]
 SMALL = {
     "factor": 4, "px_per_bin": 2, "width": 8, "semantic_width": 8, "token": 4, "window": 2, "heads": 2, "region": 4,
     "widths": [8, 8, 8], "mean_widths": [8, 8], "gene_width": 4, "text_dim": 16,
+    "text_encoder": "hashed",
 }  # fmt: skip
 QUICK = {"batch_size": 2, "progress": False, "device": "cpu", "seed": 5}
 WEIGHTS = {"mean": 1.0, "semantic": 0.1, "alignment": 0.05}  # of the terms of the default loss
@@ -1225,7 +1226,7 @@ def test_model_can_be_trained_without_any_map():
 SWITCHES = {  # options, the parameters that they remove, those whose shape they change
     "semantic": ({"semantic": False}, ("semantic.", "told.", "inject."), set()),
     "segmentation": ({"segmentation": False}, (), {"histology.0.layers.0.weight"}),
-    "text": ({"text_encoder": None}, ("semantic.text.",), set()),
+    "text": ({"text_encoder": "none"}, ("semantic.text.",), set()),
     "alignment": ({"alignment_weight": 0}, ("alignment.",), set()),
     "adversary": ({"adversarial_weight": 0}, ("discriminator.",), set()),
     "residual": ({"residual": False}, ("mean.",), {"unet.enter.weight", "single.enter.weight"}),
@@ -1262,7 +1263,7 @@ def test_what_the_model_needs():
         ("s", {"segmentation": False}, r"needs a mask of nuclei, batch\['s'\]; the batch has h, text, y, valid"),
         (
             "text",
-            {"text_encoder": None},
+            {"text_encoder": "none"},
             r"needs the vector of a prompt, batch\['text'\]; the batch has h, s, y, valid",
         ),
         ("text", {"semantic": False}, "the vector of a prompt"),
@@ -1279,7 +1280,7 @@ def test_what_a_batch_must_hold(name, options, message):
 
 
 def test_what_the_model_does_not_look_at_does_not_matter():
-    model = hadmst(segmentation=False, text_encoder=None)
+    model = hadmst(segmentation=False, text_encoder="none")
     batch = inputs(model)
     other = {**batch, "s": 1 - batch["s"], "text": -batch["text"]}
     one, two = (model.condition(b) for b in (batch, other))
@@ -1828,7 +1829,7 @@ def test_saved_and_restored_model_gives_the_same_samples(data, tmp_path, options
     assert draws[0].std() > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"preset": "paper", "bin_um": 160.0}, {"window": 4, "token": 1}, {"text_encoder": None}])  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"preset": "paper", "bin_um": 160.0}, {"window": 4, "token": 1}, {"text_encoder": "none"}])  # fmt: skip
 def test_configuration_makes_the_same_model(options):
     options = {"window": None, **options} if "preset" in options else options
     model = hadmst(**options)

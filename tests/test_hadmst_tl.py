@@ -23,6 +23,7 @@ GENES = ["EPCAM", "COL1A1", "ACTB"]
 TINY = {
     "factor": 5, "px_per_bin": 2, "width": 8, "semantic_width": 8, "token": 4, "window": 2, "heads": 2, "layers": 2,
     "region": 4, "widths": [8, 8, 8], "mean_widths": [8, 8], "text_dim": 32,
+    "text_encoder": "hashed",
 }  # fmt: skip
 QUICK = {"steps": 2, "batch_size": 2, "device": "cpu", "progress": False}
 KEYS = {"map_key": "counts", "image_key": "he", "tile": 16}
@@ -140,7 +141,7 @@ def test_record_of_a_fit(rasterized, tmp_path):
 
 
 def test_record_of_models_without_nuclei_and_prompt(rasterized):
-    model = hadmst(segmentation=False, text_encoder=None)
+    model = hadmst(segmentation=False, text_encoder="none")
     fit(rasterized, model, labels_key=None, prompt=None)
     assert not {"labels_key", "prompts"} & set(model.record)
 
@@ -216,9 +217,9 @@ def test_labels_of_another_shape_or_system(section, kind):
         ({}, {"prompt": "  "}, ValueError, "`prompt` must say in a few words what the image shows"),
         ({}, {"prompt": 3}, ValueError, "found 3"),
         ({}, {"prompt": "?"}, ValueError, "`prompt` holds no word of two letters or more"),
-        ({"text_encoder": None}, {}, ValueError, "this HaDMST takes no text; leave `prompt` out"),
+        ({"text_encoder": "none"}, {}, ValueError, "this HaDMST takes no text; leave `prompt` out"),
         ({"semantic": False}, {}, ValueError, "this HaDMST takes no text; leave `prompt` out"),
-        ({"text_encoder": None}, {"prompt": {"section": BREAST}}, ValueError, "takes no text; leave `prompt` out"),
+        ({"text_encoder": "none"}, {"prompt": {"section": BREAST}}, ValueError, "takes no text; leave `prompt` out"),
         ({}, {"prompt": {"section": BREAST, "other": BRAIN}}, ValueError, "`prompt` names data of 'other', which is none of the sections: 'section'"),
         ({}, {"prompt": {}}, ValueError, "`prompt` has no entry for 'section'"),
     ],
@@ -416,7 +417,7 @@ def test_from_histology_alone(rasterized, told):
 
 
 def test_model_without_nuclei_and_prompt(rasterized):
-    model = fit(rasterized, hadmst(segmentation=False, text_encoder=None), labels_key=None, prompt=None)
+    model = fit(rasterized, hadmst(segmentation=False, text_encoder="none"), labels_key=None, prompt=None)
     result = superresolved(rasterized, model, labels_key=None)
     assert not {"labels", "prompt"} & set(result.attrs["stgen"]["superresolved"])
 
@@ -463,7 +464,7 @@ def test_bad_input_of_superresolve(section, told, no_work, what):
 
 @pytest.mark.parametrize(("argument", "message"), [({"labels_key": "nuclei"}, "does not look at labels; leave `labels_key`"), ({"prompt": BREAST}, "takes no text; leave `prompt` out")])  # fmt: skip
 def test_models_that_have_no_use_for_them_in_superresolve(rasterized, argument, message):
-    plain, bare = RegressionUNet(GENES, factor=5, px_per_bin=2), hadmst(segmentation=False, text_encoder=None)
+    plain, bare = RegressionUNet(GENES, factor=5, px_per_bin=2), hadmst(segmentation=False, text_encoder="none")
     for model in (plain, bare):
         model.record = {"sections": ["one"]}
         with pytest.raises(ValueError, match=f"this {type(model).__name__} {message}"):

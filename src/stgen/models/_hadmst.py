@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "scale": "std", "residual": True, "prediction": "v", "width": 32, "semantic_width": 64, "token": 4, "window": 4,
         "layers": 2, "heads": 4, "region": 8, "widths": [24, 48, 72], "mean_widths": [32, 64, 96], "gene_width": 24, "blocks": 1,
-        "attention": [], "px_um": None, "tile_um": None,
+        "attention": [], "text_encoder": "none", "px_um": None, "tile_um": None,
         "training": {
             "steps": 800, "batch_size": 8, "lr": 2e-3, "weight_decay": 1e-4, "ema_decay": 0.99, "evaluate_every": 50,
         },
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {  # the poster states no numbers: see the methods page
         "scale": "quantile", "residual": False, "prediction": "epsilon", "width": 64, "semantic_width": 128, "token": 8,
         "window": None, "layers": 4, "heads": 4, "region": 16, "widths": [128, 256, 384, 512], "mean_widths": None, "gene_width": 0,
-        "blocks": 2, "attention": [2, 3], "px_um": 5.0, "tile_um": 2560.0,
+        "blocks": 2, "attention": [2, 3], "text_encoder": "hashed", "px_um": 5.0, "tile_um": 2560.0,
         "training": {
             "steps": 100_000, "batch_size": 8, "lr": 1e-4, "weight_decay": 1e-4, "ema_decay": 0.9999, "patience": None,
         },
@@ -107,7 +107,8 @@ class HaDMST(MapDiffusionModel):
         Look at a mask of nuclei besides the image: ``labels_key`` of :func:`stgen.tl.fit`.
     text_encoder
         What makes a vector of a prompt: ``"hashed"`` needs no download and only tells prompts apart; or the folder or
-        Hugging Face Hub id of a BERT-type encoder, such as ``"bert-base-uncased"``. ``None`` for no prompt.
+        Hugging Face Hub id of a BERT-type encoder, such as ``"bert-base-uncased"``; or ``"none"``, for no prompt. By default
+        ``"none"``, and ``"hashed"`` in the paper's preset: a prompt says nothing unless sections have different ones.
     text_dim
         Size of that vector; by default 256 for ``"hashed"``, else BERT's 768.
     semantic_weight
@@ -150,9 +151,7 @@ class HaDMST(MapDiffusionModel):
     --------
     >>> import torch
     >>> from stgen import models
-    >>> model = models.HaDMST(
-    ...     ["A", "B"], segmentation=False, text_encoder=None, width=8, widths=[8, 8, 8], mean_widths=[8, 8]
-    ... )
+    >>> model = models.HaDMST(["A", "B"], segmentation=False, width=8, widths=[8, 8, 8], mean_widths=[8, 8])
     >>> batch = {"h": torch.rand(1, 3, 64, 64), "y": torch.rand(1, 2, 16, 16), "valid": torch.ones(1, 1, 16, 16)}
     >>> model.sample(batch, n_samples=3, steps=2).shape
     torch.Size([1, 3, 2, 16, 16])
@@ -172,7 +171,7 @@ class HaDMST(MapDiffusionModel):
         transform: TransformName = "log1p_raw",
         semantic: bool = True,
         segmentation: bool = True,
-        text_encoder: str | None = "hashed",
+        text_encoder: str | None = None,
         text_dim: int | None = None,
         semantic_weight: float = 0.1,
         alignment_weight: float = 0.05,
@@ -211,7 +210,7 @@ class HaDMST(MapDiffusionModel):
             "residual": residual, "scale": scale, "prediction": prediction, "width": width,
             "semantic_width": semantic_width, "token": token, "window": window, "layers": layers, "heads": heads,
             "region": region, "widths": widths, "mean_widths": mean_widths, "blocks": blocks, "attention": attention,
-            "gene_width": gene_width,
+            "gene_width": gene_width, "text_encoder": text_encoder,
         }  # fmt: skip
         chosen = from_preset(PRESETS, preset, given, bin_um=bin_um, px_per_bin=px_per_bin)
         for name in ("window", "region", "heads", "text_dim"):
@@ -227,11 +226,11 @@ class HaDMST(MapDiffusionModel):
                 f"`token` must be a number of bins that one resolution of the U-Net has, one of "
                 f"{', '.join(str(2**i) for i in range(len(chosen['widths'])))}; found {chosen['token']!r}."
             )
-        text_dim = text_dim or (HASHED_DIM if text_encoder == "hashed" else 768)
+        text_dim = text_dim or (HASHED_DIM if chosen["text_encoder"] in ("hashed", "none") else 768)
         super().__init__(
             genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels, px_per_bin=chosen["px_per_bin"],
-            transform=transform, preset=preset, semantic=semantic, segmentation=segmentation, text_encoder=text_encoder,
-            text_dim=text_dim, **weights, p_missing=p_missing, **{k: chosen[k] for k in given},
+            transform=transform, preset=preset, semantic=semantic, segmentation=segmentation, text_dim=text_dim,
+            **weights, p_missing=p_missing, **{k: chosen[k] for k in given},
         )  # fmt: skip
         c = self.config
         self.align = math.lcm(2 ** (len(c["widths"]) - 1), c["token"] * (c["window"] or 1), 2 if c["gene_width"] else 1)
@@ -240,7 +239,7 @@ class HaDMST(MapDiffusionModel):
             self.align *= max(1, round((chosen["tile_um"] or 640.0) / bin_um / self.align))
         self.halo = 0 if self.fixed_tile else -(-32 // self.align) * self.align
         self.needs_low_res, self.needs_labels = p_missing == 0, segmentation
-        self.needs_text = semantic and text_encoder is not None
+        self.needs_text = semantic and c["text_encoder"] != "none"
         self.diffusion = Diffusion(prediction=c["prediction"])
         self.image_scale, self.gene_scale = ImageScale(image_channels), GeneScale(len(self.genes), c["scale"])
         self._make_condition()

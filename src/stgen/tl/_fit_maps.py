@@ -83,7 +83,10 @@ def check_uses(model: MapModel, *, labels_key: str | None, prompt: str | Mapping
             f"makes one from the image; {name}(..., segmentation=False) does without."
         )
     if prompt is not None and not model.needs_text:
-        raise ValueError(f"this {name} takes no text; leave `prompt` out.")
+        raise ValueError(
+            f"this {name} takes no text; leave `prompt` out, or construct a model that takes one: HaDMST(..., "
+            'text_encoder="hashed").'
+        )
 
 
 def text_vectors(model: MapModel, prompts: list[str | None]) -> dict[str, np.ndarray]:
