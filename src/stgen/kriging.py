@@ -8,6 +8,7 @@ of it has a closed form: nothing is trained.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -257,9 +258,8 @@ class Kriging:
             apart = cdist(self.spots.xy, self.spots.xy[rng.integers(len(self.spots))][None])[:, 0]
             rows |= set(np.argsort(apart)[: ALL_KERNELS_UP_TO // PATCHES].tolist())
         some = np.array(sorted(rows))
-        trial = Kriging.__new__(Kriging)
-        trial.spots, trial.basis = self.spots[some], self.basis
-        trial.precision, trial.scale = self.precision[some], self.scale[some]
+        trial = copy(self)
+        trial.spots, trial.precision, trial.scale = self.spots[some], self.precision[some], self.scale[some]
         between = trial.basis.between(trial.spots, trial.spots, trial.basis.names)
         y = trial._centered(guide[some])[1]
         error = [trial._errors(trial._decompose(kernel, between), y)[0].min(0) for kernel in kernels]
