@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -58,26 +59,29 @@ def run(protocol: str) -> None:
     spec = PROTOCOLS[protocol]
     data = sections(spec["sections"])
     first, again = FOLDERS / f"compare-{protocol}", FOLDERS / f"compare-{protocol}-again"
+    file = RESULTS / f"compare-{protocol}-repeat.json"
+    if file.exists():
+        return
+    shutil.rmtree(again, ignore_errors=True)
     table = tl.compare(
         MODELS, data, test=spec["test"], patients={name: name[0] for name in data}, genes=300, seeds=(0, 1, 2),
         allow_same_patient=spec["allow_same_patient"], gene_options={"flavor": "mean_var", "exclude": None}, folder=first,
-        progress=False,
+        device="cpu", progress=False,
     )  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    table.to_csv(RESULTS / f"compare-{protocol}.csv", index=False)
     start = time.perf_counter()
-    repeated = tl.compare(first, data, folder=again, progress=False)
-    pd.testing.assert_frame_equal(repeated, table, check_exact=True)
+    repeated = tl.compare(first, data, folder=again, device="cpu", progress=False)
     same_weights = []
     for file in sorted(first.glob("runs/*/seed_*/scores.json")):
         other = json.loads((again / file.relative_to(first)).read_text())
         same_weights.append(json.loads(file.read_text())["weights_sha256"] == other["weights_sha256"])
-    RESULTS.mkdir(exist_ok=True)
-    table.to_csv(RESULTS / f"compare-{protocol}.csv", index=False)
     content = {
-        "protocol": protocol, "identical_scores": True, "runs": len(same_weights), "identical_weights": sum(same_weights),
+        "protocol": protocol, "identical_scores": repeated.equals(table), "runs": len(same_weights), "identical_weights": sum(same_weights),
         "repeat_s": time.perf_counter() - start, "stgen": stgen.__version__, "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    (RESULTS / f"compare-{protocol}-repeat.json").write_text(json.dumps(content, indent=1))
+    file.write_text(json.dumps(content, indent=1))
     print(content, flush=True)
 
 

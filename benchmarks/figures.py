@@ -60,10 +60,10 @@ def spots() -> None:
 
     tl.find_domains(sdata, genes=list(table.var_names[table.var["stem"]]), n_domains=5, key_added="measured")
     for key in ("stem", "probe"):
-        tl.find_domains(sdata, layer=key, n_domains=5, key_added=f"{key} domains")
-    pl.domains(sdata, ["stem domains", "probe domains"], reference="measured", image_key="he")
+        tl.find_domains(sdata, layer=key, n_domains=5, key_added=f"{key}_domains")
+    pl.domains(sdata, ["stem_domains", "probe_domains"], reference="measured", image_key="he")
     save("stem_domains", "Stem, Fig. 3 (1): Leiden domains")
-    for key in ("stem domains", "probe domains"):
+    for key in ("stem_domains", "probe_domains"):
         print(key, metrics.label_agreement(table.obs[key], table.obs["measured"]))
 
     pl.gene_variation(sdata, keys=["stem", "probe"])
@@ -83,7 +83,7 @@ def spots() -> None:
 def maps() -> None:
     """Diff-ST, C3-Diff and HaDM-ST: the test rows of the pancreas section (P4, 10x)."""
     test = p4.part("test", "10x")
-    keys = {}
+    scores = {}
     for name in ("RegressionUNet", "DiffST", "C3Diff", "HaDMST"):
         model = models.load(p4.MODELS_KEPT / f"P4-10x-{name}-0")
         labels = {}
@@ -94,29 +94,29 @@ def maps() -> None:
             test, "stains", model=model, low_res="low", like="true_map", n_samples=4, steps=10, keep_samples=model.stochastic,
             key_added=name, progress=False, **labels,
         )  # fmt: skip
-        keys[name] = tl.evaluate(test, key=name, truth_key="true_map", gene_scale=p4.gene_scale("10x"))
+        scores[name] = tl.evaluate(test, key=name, truth_key="true_map", gene_scale=p4.gene_scale("10x"))
         if name == "HaDMST":
             pl.history(model)
             save("hadmst_history", "training of HaDM-ST with its discriminator")
     bicubic = p4.MODELS["bicubic"](p4.genes(), bin_um=10.0, factor=10)
     tl.fit(bicubic, test, map_key="true_map", low_res="low")
     tl.superresolve(test, model=bicubic, low_res="low", like="true_map", key_added="bicubic", progress=False)
-    keys["bicubic"] = tl.evaluate(test, key="bicubic", truth_key="true_map", gene_scale=p4.gene_scale("10x"))
-    genes = list(keys["HaDMST"].genes["PCC"].nlargest(12).index[[0, 5, 11]])
-    part = (1500, 800, 2700, 1600)
+    scores["bicubic"] = tl.evaluate(test, key="bicubic", truth_key="true_map", gene_scale=p4.gene_scale("10x"))
+    genes = list(scores["HaDMST"].genes["PCC"].nlargest(12).index[[0, 5, 11]])
+    window = (1500, 800, 2700, 1600)
     pl.maps(test, genes, keys=["bicubic", "RegressionUNet", "DiffST", "C3Diff", "HaDMST"], low_res="low", truth_key="true_map",
-            panels=["measured", "predicted", "truth"], bounds_um=part)  # fmt: skip
-    save("maps", "restored maps (Diff-ST Fig. 2, C3-Diff Fig. 3, HaDM-ST Fig. 4)")
+            panels=["measured", "predicted", "truth"], bounds_um=window)  # fmt: skip
+    save("maps", "restored maps (Diff-ST Fig. 3, C3-Diff Fig. 3, HaDM-ST Fig. 4)")
     pl.maps(test, genes, keys="HaDMST", truth_key="true_map", image_key="stains", panels=["histology", "predicted", "spread", "error"],
-            bounds_um=part)  # fmt: skip
+            bounds_um=window)  # fmt: skip
     save("maps_spread", "HaDM-ST over the stains, spread and error")
-    pl.local_ssim(test, genes, keys=["bicubic", "HaDMST"], truth_key="true_map", bounds_um=part)
+    pl.local_ssim(test, genes, keys=["bicubic", "HaDMST"], truth_key="true_map", bounds_um=window)
     save("local_ssim", "HaDM-ST, Fig. 2: local SSIM")
-    pl.gene_scatter({"C3-Diff": keys["C3Diff"], "HaDM-ST": keys["HaDMST"]})
+    pl.gene_scatter({"C3-Diff": scores["C3Diff"], "HaDM-ST": scores["HaDMST"]})
     save("gene_scatter", "HaDM-ST, Fig. 3: SSIM per gene")
     pl.gene_correlation(tl.gene_correlation(test, key="C3Diff", truth_key="true_map"))
     save("gene_correlation", "C3-Diff, Fig. 4b: gene-gene correlation")
-    pl.scores(keys)
+    pl.scores(scores)
     save("map_scores", "PCC of 50 genes (P4, 10x)")
     pl.calibration(test, keys=["C3Diff", "HaDMST"], truth_key="true_map")
     save("map_calibration", "calibration, 4 samples (P4, 10x)")

@@ -8,7 +8,7 @@ import scanpy as sc
 import spatialdata as sd
 from anndata import AnnData
 from matplotlib.colors import to_hex
-from spatialdata.models import Image2DModel, Labels2DModel
+from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Scale
 
 from stgen import metrics, pl, tl
@@ -157,9 +157,17 @@ def test_same_seed_same_domains_and_a_copy_leaves_the_object_alone(table):
         ({"map_key": "map"}, ValueError, "map_key"),
         ({"key_added": "kind"}, ValueError, "exists"),
         ({"key_added": "kind", "overwrite": True}, ValueError, "not a result"),
+        ({"key_added": "KIND"}, ValueError, "side by side"),
+        ({"key_added": "a b"}, ValueError, "a b"),
+        ({"resolution": "1"}, ValueError, "positive"),
+        ({"seed": 2**40}, ValueError, "2"),
+        ({"genes": ["g0", "constant"]}, ValueError, "1 of 2 genes differ"),
     ],
 )
 def test_bad_input_changes_nothing(table, options, error, message):
+    if "constant" in options.get("genes", ()):
+        table.X[:, 3] = 0
+        table.var_names = [*GENES[:3], "constant", *GENES[4:]]
     before = table.obs.copy()
     with pytest.raises(error, match=message):
         tl.find_domains(table, **options)
@@ -167,11 +175,37 @@ def test_bad_input_changes_nothing(table, options, error, message):
     assert "stgen" not in table.uns
 
 
+def test_records_of_other_functions_are_kept(table):
+    table.uns["stgen"] = {"X_texture": {"function": "pp.embed"}}
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="not a result"):
+            tl.find_domains(table, key_added="X_texture", overwrite=overwrite)
+    assert table.uns["stgen"] == {"X_texture": {"function": "pp.embed"}}
+
+
+def test_genes_that_do_not_vary_say_nothing(table):
+    tl.find_domains(table, genes=GENES[:8])
+    table.X[:, 11] = 0
+    tl.find_domains(table, key_added="more", genes=[*GENES[:8], "g11"])
+    tl.find_domains(table, key_added="again", genes=GENES[:8])
+    assert same_groups(table.obs["more"], table.obs["again"])
+
+
+def test_more_neighbors_than_locations(table):
+    tl.find_domains(table, max_locations=20, n_neighbors=30)
+    assert table.uns["stgen"]["domains"]["n_neighbors"] == 19
+    assert table.obs["domains"].notna().all()
+
+
 def test_too_few_locations_and_taken_names(table, sdata):
     with pytest.raises(ValueError, match="only 10 of 10 locations"):
         tl.find_domains(table[:10].copy())
     with pytest.raises(ValueError, match="not a result"):
         tl.find_domains(sdata, map_key="map", key_added="map")
+    with pytest.raises(ValueError, match="MAP"):
+        tl.find_domains(sdata, map_key="map", key_added="MAP")
+    with pytest.raises(KeyError, match="map_key="):
+        tl.find_domains(sdata)
     with pytest.raises(TypeError, match="DataFrame"):
         tl.find_domains(pd.DataFrame())
 
@@ -232,6 +266,29 @@ def test_masks_are_drawn_where_they_lie(sdata):
     plt.close("all")
 
 
+def test_numbers_are_in_order_and_a_column_is_drawn_where_a_mask_has_its_name(table, sdata):
+    table.obs["number"] = pd.Categorical([str(i % 12) for i in range(200)])
+    (ax,) = pl.domains(table, "number", mpp=1.0)[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [str(i) for i in range(12)]
+    assert colors_of(ax)[:12] == [color.lower() for color in CATEGORIES[:12]]
+    table.obs["region"] = pd.Categorical(["places"] * 200)
+    table.obs["place"] = np.arange(200)
+    sdata["places"] = ShapesModel.parse(
+        table.obsm["spatial"], geometry=0, radius=5, transformations={"um": Scale([1.0, 1.0], axes=("x", "y"))}
+    )
+    sdata["table"] = TableModel.parse(table, region="places", region_key="region", instance_key="place")
+    (mask,), (column,) = pl.domains(sdata, "kind")[0], pl.domains(sdata, "kind", table_key="table")[0]
+    assert (len(mask.images), len(mask.collections), len(column.collections)) == (1, 0, 1)
+    plt.close("all")
+
+
+def test_a_reference_of_one_group_agrees_with_nothing(table):
+    table.obs["one"] = "a"
+    axes = pl.domains(table, "kind", reference="one", mpp=1.0)[0]
+    assert axes[1].get_title() == "kind"
+    plt.close("all")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -241,7 +298,11 @@ def test_masks_are_drawn_where_they_lie(sdata):
         (lambda table, _: pl.domains(table, []), ValueError, "empty"),
         (lambda table, _: pl.domains(table, "kind", coordinate_system="um"), ValueError, "coordinate_system"),
         (lambda table, _: pl.domains(table, "kind", axes=plt.subplots(1, 2)[1]), ValueError, "axes"),
-        (lambda _, sdata: pl.domains(sdata, "kind", mpp=1.0), ValueError, "mpp"),
+        (lambda table, _: pl.domains(table, "many", mpp=1.0), ValueError, "40 groups, and 15"),
+        (lambda table, _: pl.domains(table, ["kind", "many"], highlight="fat", mpp=1.0), ValueError, "pass reference="),
+        (lambda table, _: pl.domains(table, "kind", highlight=[], mpp=1.0), ValueError, "`highlight` is empty"),
+        (lambda _, sdata: pl.domains(sdata, "elsewhere", reference="kind"), ValueError, "on the bins"),
+        (lambda _, sdata: pl.domains(sdata, "scales"), ValueError, "several scales"),
         (lambda _, sdata: pl.domains(sdata, "kind", image_key="he"), KeyError, "he"),
         (lambda _, sdata: pl.domains(sdata, "small", reference="kind"), ValueError, "same bins"),
         (lambda _, sdata: pl.domains(sdata, "empty"), ValueError, "0 everywhere"),
@@ -249,6 +310,10 @@ def test_masks_are_drawn_where_they_lie(sdata):
 )
 def test_bad_input_of_the_picture(table, sdata, call, error, message):
     table.obs["depth"] = table.X.sum(1)
+    table.obs["many"] = np.arange(200) % 40
+    place = {"um": Scale([30.0, 30.0], axes=("x", "y"))}
+    sdata["elsewhere"] = Labels2DModel.parse(np.asarray(sdata["kind"]), dims=("y", "x"), transformations=place)
+    sdata["scales"] = Labels2DModel.parse(np.asarray(sdata["kind"]), dims=("y", "x"), scale_factors=[2])
     for key, values in (("small", np.ones((5, 5), np.uint16)), ("empty", np.zeros((20, 10), np.uint16))):
         sdata[key] = Labels2DModel.parse(
             values, dims=("y", "x"), transformations={"um": Scale([10.0, 10.0], axes=("x", "y"))}

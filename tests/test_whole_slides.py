@@ -1,12 +1,13 @@
 """Slides as LazySlide and wsidata hold them, a subclass of SpatialData: input of predictions from histology alone."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import spatialdata as sd
 import tifffile
 import wsidata
 
-from stgen import datasets, models, pp, tl
+from stgen import datasets, models, pl, pp, tl
 from stgen._image import image_of, slide_mpp
 
 GENES = ["EPCAM", "COL1A1"]
@@ -71,6 +72,34 @@ def test_locations_on_a_slide_are_predicted_like_those_on_the_image(slide, secti
     before = section["spot_counts"].obsm["X_texture"]
     tl.predict_expression(slide, model=model, image_key="wsi", key_added="probe", progress=False)
     np.testing.assert_allclose(slide["spot_counts"].obsm["X_texture"], before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_slide_is_embedded_and_drawn_like_its_image(slide, section, model):
+    xy = np.column_stack([section["spots"].geometry.x, section["spots"].geometry.y])
+    slide["spots"] = sd.models.ShapesModel.parse(xy, geometry=0, radius=27.5, index=section["spots"].index)
+    slide["spot_counts"] = section["spot_counts"].copy()
+    before = slide["spot_counts"].obsm.pop("X_texture")
+    del slide["spot_counts"].uns["stgen"]
+    pp.embed(slide, image_key="wsi", patch_um=128, progress=False)
+    np.testing.assert_allclose(slide["spot_counts"].obsm["X_texture"], before, rtol=1e-4, atol=1e-5)
+    tl.predict_expression(slide, model=model, key_added="probe", progress=False)
+    assert pl.maps(slide, "EPCAM", keys="probe", image_key="wsi")[0, 0].images
+    plt.close("all")
+
+
+def test_an_embedded_table_needs_no_image(slide, section, model):
+    slide["spots"] = section["spots"]
+    slide["spot_counts"] = section["spot_counts"].copy()
+    slide["other"] = sd.models.Image2DModel.parse(np.zeros((3, 70, 70), np.uint8), dims=("c", "y", "x"))
+    tl.predict_expression(slide, model=model, key_added="probe", progress=False)
+    assert np.isfinite(slide["spot_counts"][:, GENES].layers["probe"]).all()
+
+
+@pytest.mark.parametrize("mpp", [0, -1.0])
+def test_an_impossible_scale_is_refused(slide, section, mpp):
+    for data, key in ((slide, "wsi"), (section, "he")):
+        with pytest.raises(ValueError, match="mpp"):
+            pp.tile_grid(data, image_key=key, mpp=mpp)
 
 
 def test_a_slide_without_its_image_says_how_to_attach_it(slide, model):

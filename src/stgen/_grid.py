@@ -15,7 +15,7 @@ from spatialdata.transformations import BaseTransformation, Scale, Translation, 
 from spatialdata.transformations import Sequence as Chain
 from xarray import DataArray
 
-from stgen._image import Histology, affine_to, image_levels, is_micrometers
+from stgen._image import Histology, affine_to, element_of, image_levels, is_micrometers
 from stgen._io import (
     _centroids,
     _listed,
@@ -174,7 +174,7 @@ class Grid:
     def to_element(self, sdata: SpatialData, key: str, coordinate_system: str | None = None) -> np.ndarray:
         """The 3 x 3 matrix over x, y from bin coordinates to an element's own coordinates (pixels of an image)."""
         system = self.shared_system(sdata, key, coordinate_system)
-        return np.linalg.inv(affine_to(sdata[key], system)[0]) @ self.to_system(system)
+        return np.linalg.inv(affine_to(element_of(sdata, key), system)[0]) @ self.to_system(system)
 
     def locate(self, sdata: SpatialData, element_key: str, coordinate_system: str | None = None) -> np.ndarray:
         """Points, or centroids of shapes, as y, x in bins: ``(n, 2)``, in the element's order."""
@@ -477,10 +477,10 @@ def scaled(
 
 
 def _element(sdata: SpatialData, key: str) -> Any:
-    if key not in sdata:
+    if key not in sdata and key not in sdata.images:
         names = [name for _, name, _ in sdata.gen_elements()]
         raise KeyError(f"There is no element {key!r}; found {_listed(names)}.")
-    return sdata[key]
+    return element_of(sdata, key)
 
 
 def check_positive(name: str, value: float) -> None:

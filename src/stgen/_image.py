@@ -15,6 +15,7 @@ from xarray import DataArray, DataTree
 __all__ = [
     "Histology",
     "affine_to",
+    "element_of",
     "image_levels",
     "image_of",
     "is_micrometers",
@@ -291,6 +292,11 @@ def micrometers_per_unit(element: Any, scale: float) -> float | None:
     return None
 
 
+def element_of(sdata: SpatialData, key: str) -> Any:
+    """An element by its name; ``sdata[key]`` does not find the image of a ``WSIData``."""
+    return sdata.images[key] if key in sdata.images else sdata[key]
+
+
 def slide_mpp(sdata: SpatialData, image_key: str) -> float | None:
     """µm per pixel that a whole slide knows of itself (``WSIData`` of wsidata and LazySlide); None for other objects and images."""
     slide = getattr(sdata, "properties", None)
@@ -311,7 +317,8 @@ def image_of(
             [coordinate_system] if coordinate_system is not None else list(get_transformation(element, get_all=True))
         )
         mpp = next((affine_to(element, name)[1] for name in systems if is_micrometers(name)), None)
-    mpp = mpp or slide_mpp(sdata, image_key)
+    if mpp is None and coordinate_system is None:
+        mpp = slide_mpp(sdata, image_key)
     if mpp is None:
         raise ValueError(
             f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "

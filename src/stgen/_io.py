@@ -19,6 +19,7 @@ from xarray import DataArray
 from stgen._image import (
     Histology,
     affine_to,
+    element_of,
     image_levels,
     image_of,
     is_micrometers,
@@ -234,7 +235,7 @@ def _section_from_spatialdata(
         image_key = find_image(sdata, image_key)
     region, instances = _region(sdata, table, table_key, shapes_key)
     keys = [region] if image_key is None else [image_key, region]
-    system = _shared_system(keys, [sdata[key] for key in keys], coordinate_system)
+    system = _shared_system(keys, [element_of(sdata, key) for key in keys], coordinate_system)
 
     element = sdata[region]
     centers = _centroids(element, system)

@@ -11,12 +11,14 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from spatialdata import SpatialData
+from xarray import DataArray
 
-from stgen._image import Histology, affine_to, image_levels, is_micrometers
+from stgen._image import Histology, affine_to, element_of, image_levels, is_micrometers
 from stgen._io import _shared_system, get_section, get_table
-from stgen.metrics import label_agreement
 from stgen.pl._colors import CATEGORIES, GRAY
 from stgen.pl._map_tables import place_of
 from stgen.pl._panels import (
@@ -61,7 +63,7 @@ def domains(
     data
         Object with the groups.
     keys
-        What to draw: columns of a table's ``obs``, such as those of :func:`stgen.tl.find_domains` and
+        What to draw: columns of a table's ``obs`` (also where masks have their names, if an argument for columns is given), such as those of :func:`stgen.tl.find_domains` and
         :func:`stgen.tl.localize_cell_types`, or else masks in ``sdata.labels``, where 0 is none.
     reference
         Column, or mask, whose colors the others take; drawn first.
@@ -110,12 +112,14 @@ def domains(
     if not keys:
         raise ValueError('`keys` is empty; name what to draw, such as pl.domains(data, "domains").')
     axes = checked_axes(axes, (1, len(keys)))
-    if isinstance(data, SpatialData) and all(key in data.labels for key in keys):
-        _refuse(table_key=table_key, shapes_key=shapes_key, mpp=mpp, spot_um=spot_um, kind="masks")
+    of_columns = {"table_key": table_key, "shapes_key": shapes_key, "mpp": mpp, "spot_um": spot_um}
+    asked = any(value is not None for value in of_columns.values())
+    if isinstance(data, SpatialData) and not asked and all(key in data.labels for key in keys):
         groups = {key: _of_mask(data, key) for key in keys}
         window, columns, um_per_unit, image = _place_masks(data, keys, coordinate_system, image_key, fine_enough(axes))
     else:
-        _refuse(coordinate_system=coordinate_system, kind="columns of a table")
+        if coordinate_system is not None:
+            raise ValueError("coordinate_system: not for columns of a table, which is what `keys` names.")
         table = get_table(data, table_key=table_key, shapes_key=shapes_key)
         groups = {key: _of_column(table, key) for key in keys}
         section = get_section(data, image_key=image_key, table_key=table_key, shapes_key=shapes_key, mpp=mpp)
@@ -125,9 +129,19 @@ def domains(
             um_per_unit = 1.0
         if section.image is not None:
             image = sketch(section.image, placed(0, 0, section.mpp, section.mpp), window, fine_enough(axes))
-    agreement = {} if reference is None else _agreement(groups, reference)
+    if highlight is not None and reference is None and len(keys) > 1:
+        raise ValueError(
+            "groups of several results have nothing in common but their names: pass reference= with highlight=."
+        )
+    agreement = {} if reference is None else _agreement(groups, reference, columns)
     color = _colors(groups, keys[0], matched=reference is not None)
     shown = _highlighted(groups[keys[0]], color[keys[0]], keys[0], highlight)
+    n_colors = 1 + max(max(numbers) for numbers in color.values())
+    if shown is None and n_colors > len(CATEGORIES):
+        raise ValueError(
+            f"{', '.join(map(repr, keys))} have {n_colors} groups, and {len(CATEGORIES)} colors can be told apart; pass "
+            "highlight=<some of them>, or fewer keys."
+        )
 
     titles = {
         key: key + (f"\nARI {agreement[key][0]:.2f}, NMI {agreement[key][1]:.2f}" if key in agreement else "")
@@ -136,7 +150,6 @@ def domains(
     panels = [Column(titles[key], None, columns[key][0]) for key in keys]
     picture = Picture(panels, {}, window, um_per_unit, image)
     axes = new_axes(1, picture) if axes is None else np.reshape(axes, (1, -1))
-    n_colors = 1 + max(max(numbers) for numbers in color.values())
     palette = [CATEGORIES[i % len(CATEGORIES)] if shown is None or i in shown else GRAY for i in range(n_colors)]
     for ax, key, panel in zip(axes[0], keys, panels, strict=True):
         code, names = groups[key]
@@ -153,12 +166,6 @@ def domains(
     if um_per_unit is not None:
         scale_bar(axes[0, 0], picture)
     return axes
-
-
-def _refuse(kind: str, **options: Any) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)}: not for {kind}, which is what `keys` names.")
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -179,13 +186,18 @@ def _of_column(table: AnnData, key: str) -> tuple[np.ndarray, list[str]]:
     groups = column.astype("category").cat.remove_unused_categories().cat
     if not len(groups.categories):
         raise ValueError(f"obs[{key!r}] is missing everywhere; there is nothing to draw.")
-    return groups.codes.to_numpy().astype(int), [str(name) for name in groups.categories]
+    names = [str(name) for name in groups.categories]
+    if all(name.isdigit() for name in names):  # "10" after "9"
+        order = sorted(range(len(names)), key=lambda i: int(names[i]))
+        rank = np.argsort([*order, len(order)])
+        return np.append(rank[:-1], -1)[groups.codes.to_numpy()], [names[i] for i in order]
+    return groups.codes.to_numpy().astype(int), names
 
 
 def _of_mask(sdata: SpatialData, key: str) -> tuple[np.ndarray, list[str]]:
     """The same of a mask, ``(y, x)``; names from the record of the function that made it."""
     element = sdata.labels[key]
-    if not hasattr(element, "dims"):
+    if not isinstance(element, DataArray):
         raise ValueError(f"the mask {key!r} has several scales; pass one of a single scale.")
     values = np.asarray(element.data)
     present = np.unique(values[values > 0])
@@ -197,21 +209,28 @@ def _of_mask(sdata: SpatialData, key: str) -> tuple[np.ndarray, list[str]]:
     return code, [names[number - 1] if number <= len(names) else str(number) for number in present]
 
 
-def _agreement(groups: dict[str, tuple[np.ndarray, list[str]]], reference: str) -> dict[str, tuple[float, float]]:
-    """ARI and NMI of each with the reference."""
-    truth = groups[reference][0]
+def _agreement(
+    groups: dict[str, tuple[np.ndarray, list[str]]], reference: str, places: dict[str, tuple[Any, Any]]
+) -> dict[str, tuple[float, float]]:
+    """ARI and NMI of each with the reference, where that is known; none where the reference is a single group."""
+    truth, names = groups[reference]
     out = {}
     for key, (code, _) in groups.items():
         if key == reference:
             continue
-        if code.shape != truth.shape:
+        here, there = (places[name][0] for name in (key, reference))
+        if code.shape != truth.shape or (isinstance(here, Pixels) and not np.allclose(here.matrix, there.matrix)):
             raise ValueError(
-                f"{key!r} has the shape {code.shape} and the reference {reference!r} {truth.shape}; only masks on the same bins "
-                "can be compared."
+                f"{key!r} is not on the bins of the reference {reference!r} (shapes {code.shape} and {truth.shape}); only masks on "
+                "the same bins can be compared."
             )
-        labels = [np.where(c < 0, None, c.astype(object)).ravel() for c in (code, truth)]
-        scores = label_agreement(*labels)
-        out[key] = scores["ARI"], scores["NMI"]
+        known = truth >= 0
+        if len(names) > 1:
+            labels = (
+                truth[known],
+                code[known],
+            )  # what has no group in `key` is a group of its own, as in label_agreement
+            out[key] = adjusted_rand_score(*labels), normalized_mutual_info_score(*labels)
     return out
 
 
@@ -241,9 +260,11 @@ def _highlighted(
     """Numbers of the colors that are shown; None for all."""
     if highlight is None:
         return None
-    wanted = [highlight] if isinstance(highlight, str) else list(highlight)
+    wanted = [str(name) for name in ([highlight] if np.isscalar(highlight) else highlight)]
     absent = [name for name in wanted if name not in first[1]]
-    if absent or not wanted:
+    if not wanted:
+        raise ValueError("`highlight` is empty; leave it out, or name at least one group.")
+    if absent:
         raise KeyError(
             f"{key!r} has no group {', '.join(map(repr, absent))}; its groups are {', '.join(map(repr, first[1]))}."
         )
@@ -258,7 +279,7 @@ def _place_masks(sdata: SpatialData, keys: list[str], system: str | None, image_
     if image_key is not None and image_key not in sdata.images:
         raise KeyError(f"there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
     names = [*keys, *([] if image_key is None else [image_key])]
-    system = _shared_system(names, [sdata[name] for name in names], system)
+    system = _shared_system(names, [element_of(sdata, name) for name in names], system)
     columns, corners = {}, []
     for key in keys:
         height, width = sdata.labels[key].shape
@@ -283,7 +304,8 @@ def _legend(ax: Axes, names: list[str], colors: list[str]) -> None:
     if len(shown) < len(names):
         shown.append(("other", GRAY))
     handles = [Line2D([], [], marker="s", ls="", ms=6, color=color, label=name) for name, color in shown]
+    below = ax.transAxes + ScaledTranslation(0, -22 / 72, ax.figure.dpi_scale_trans)  # and below the bar of the scale
     ax.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2 if len(shown) > 3 else 1, frameon=False,
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=2 if len(shown) > 3 else 1, frameon=False,
         fontsize="small", handletextpad=0.2, columnspacing=0.8, borderaxespad=0,
     )  # fmt: skip

@@ -53,6 +53,7 @@ def history(model: Model, *, ax: Axes | None = None) -> Axes:
         raise ValueError(
             f"this {type(model).__name__} has no history of losses: it was solved at once, not trained in steps."
         )
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if ax is None else {}
     if ax is None:
         ax = plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     validation, total = losses.pop("validation", None), losses.pop("loss")
@@ -68,5 +69,5 @@ def history(model: Model, *, ax: Axes | None = None) -> Axes:
         ax.axvline(steps[best], color="0.4", lw=1, ls="--", zorder=0, label=f"weights kept, step {steps[best]}")
     ax.set(xlabel="step", ylabel="loss")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(frameon=False, fontsize="small", **beside)
     return ax

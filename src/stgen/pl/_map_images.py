@@ -10,7 +10,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stgen._grid import Grid, get_map, measurement_of
-from stgen._image import Histology, affine_to, image_levels
+from stgen._image import Histology, affine_to, element_of, image_levels
 from stgen._io import _region, _shared_system
 from stgen.pl._panels import (
     Column,
@@ -55,7 +55,7 @@ def picture_of_maps(
         get_map(sdata, key, genes)
     region = None if spots is None else _region(sdata, sdata.tables[spots], spots, None)[0]
     placed_elements = [name for name in (*(counted or keys), image_key, region) if name is not None]
-    system = _shared_system(placed_elements, [sdata[name] for name in placed_elements], coordinate_system)
+    system = _shared_system(placed_elements, [element_of(sdata, name) for name in placed_elements], coordinate_system)
 
     grids = {key: Grid.of_map(sdata, key) for key in (counted or keys)}
     fine = min(grids.values(), key=lambda grid: grid.bin_um)

@@ -19,7 +19,7 @@ from spatialdata.transformations import Identity, get_transformation
 
 from stgen._io import check_new_key, get_counts, get_table, provenance, record, shallow_copy, write_image
 from stgen.pp._embed import _copied
-from stgen.tl._locations import Locations, bins_of_map, rows_of_table
+from stgen.tl._locations import Locations, locations_of
 from stgen.transforms import transform_counts
 
 __all__ = ["localize_cell_types"]
@@ -152,8 +152,7 @@ def localize_cell_types(
     >>> sdata["cell_counts"].obs["cell_types_label"].cat.categories.to_list()
     ['T cell', 'fat']
     """
-    if not isinstance(data, SpatialData | AnnData):
-        raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+    expression = locations_of(data, map_key, table_key, layer)
     if (markers is None) == (reference is None):
         raise ValueError(
             "say what types look like: either markers={type: [genes]} or reference=<AnnData of known types>."
@@ -162,18 +161,6 @@ def localize_cell_types(
         raise ValueError(f"`temperature` must be a positive number, found {temperature!r}.")
     if prior not in ("uniform", "reference"):
         raise ValueError(f"`prior` must be 'uniform' or 'reference', found {prior!r}.")
-    if map_key is not None and (isinstance(data, AnnData) or table_key is not None or layer is not None):
-        raise ValueError(
-            "map_key= names a map of a SpatialData; leave it out for a table, and table_key= and layer= for a map."
-        )
-    if map_key is None and isinstance(data, SpatialData) and not data.tables:
-        raise KeyError(
-            f"the object has no table; pass map_key=<one of the maps in sdata.images: {_named(data.images)}>."
-        )
-    if map_key is None:
-        expression = rows_of_table(data, table_key, layer)
-    else:
-        expression = bins_of_map(data, map_key)
     if reference is None:
         method: _Markers | _Profiles = _Markers.of(markers, expression.genes)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,13 @@ import scanpy as sc
 from anndata import AnnData
 from sklearn.neighbors import KNeighborsClassifier
 from spatialdata import SpatialData
-from spatialdata.models import Labels2DModel
+from spatialdata.models import Labels2DModel, TableModel
 from spatialdata.transformations import get_transformation
 
 from stgen._io import check_new_key, get_table, provenance, record, shallow_copy
 from stgen.pp._embed import _copied
 from stgen.pp._rasterize import genes_of
-from stgen.tl._locations import Locations, Window, bins_of_map, rows_of_table
+from stgen.tl._locations import Locations, Window, locations_of
 from stgen.transforms import transform_counts
 
 __all__ = ["find_domains"]
@@ -65,7 +66,8 @@ def find_domains(
     layer
         Layer of the table with counts, or a prediction of :func:`stgen.tl.predict_expression`; None for ``X``.
     genes
-        Genes to group by, all that there are by default. Counts per 10,000 are of all genes in any case.
+        Genes to group by, all that there are by default. Counts per 10,000 are of all genes in any case (of a prediction: of all that
+        were predicted).
     n_domains
         Number of domains, for which a resolution is searched. Leiden cannot give every number: the closest is taken, and a
         warning says so.
@@ -89,23 +91,25 @@ def find_domains(
 
     Returns
     -------
-    ``None``, or the copy. Domains are numbered from the largest on, from 0, as scanpy does. Locations with no count, or where
-    a gene is NaN, have none. Written is
+    ``None``, or the copy. Domains are numbered from the largest on, from 0, as scanpy does. Locations with no count, and bins
+    where a gene is NaN, have none. Written is
 
     - of a table ``obs[key_added]``, categorical: ``"0"``, ``"1"``, ...
     - of a map ``sdata.labels[key_added]``, uint16 ``(y, x)``: 0 for none, 1 for domain 0, and so on
 
-    The record, in ``uns["stgen"][key_added]`` or ``sdata.attrs["stgen"][key_added]``, holds ``"map_key"`` or ``"layer"``,
-    ``"genes"``, ``"types"`` (names of the domains, one per line), ``"resolution"``, ``"n_pcs"``, ``"n_neighbors"``,
+    The record, in ``uns["stgen"][key_added]`` or ``sdata.attrs["stgen"][key_added]``, holds ``"map_key"`` or ``"layer"``
+    (neither for ``X``), ``"genes"``, ``"types"`` (names of the domains, one per line), ``"resolution"``, ``"n_pcs"``, ``"n_neighbors"``,
     ``"n_clustered"``, ``"seed"``, ``"function"``, ``"version"``.
 
     Raises
     ------
     KeyError
         If a map, table, layer or gene does not exist.
+    TypeError
+        If ``data`` is of another kind.
     ValueError
-        If an argument is impossible, there are fewer than 20 locations with counts or fewer than two genes, values are not
-        counts, or the key exists.
+        If an argument is impossible, there are fewer than 20 locations with counts or fewer than two genes that differ between
+        them, values are not counts, or the key exists, holds something else, or cannot be stored.
 
     See Also
     --------
@@ -129,14 +133,8 @@ def find_domains(
     >>> metrics.label_agreement(cells.obs["domains"], cells.obs["cell_type"])["ARI"] > 0.3
     True
     """
-    if not isinstance(data, SpatialData | AnnData):
-        raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
     _check_numbers(n_domains, resolution, n_pcs, n_neighbors, max_locations, seed)
-    if map_key is not None and (isinstance(data, AnnData) or table_key is not None or layer is not None):
-        raise ValueError(
-            "map_key= names a map of a SpatialData; leave it out for a table, and table_key= and layer= for a map."
-        )
-    locations = rows_of_table(data, table_key, layer) if map_key is None else bins_of_map(data, map_key)
+    locations = locations_of(data, map_key, table_key, layer)
     chosen = genes_of(genes, locations.genes, "the table" if map_key is None else f"the map {map_key!r}")
     if len(chosen) < 2:
         raise ValueError(f"domains differ in several genes, found {len(chosen)}: {', '.join(chosen)}.")
@@ -154,12 +152,15 @@ def find_domains(
     drawn = np.zeros(known.size, bool)
     drawn[np.random.default_rng(seed).choice(np.flatnonzero(known), n_clustered, replace=False)] = True
 
-    columns = [locations.genes.index(gene) for gene in chosen]
+    columns = pd.Index(locations.genes).get_indexer(chosen)
     at, x = (np.concatenate(parts) for parts in zip(*_expression(locations, columns, drawn), strict=True))
-    adata = AnnData(x[np.argsort(at)])  # in one order, however the map is chunked
-    n_pcs = min(n_pcs, len(chosen) - 1, n_clustered - 1)
+    varies = np.ptp(x, axis=0) > 0
+    if varies.sum() < 2:
+        raise ValueError(f"{varies.sum()} of {len(chosen)} genes differ between locations; domains need at least two.")
+    adata = AnnData(x[np.argsort(at)][:, varies])  # in one order, however the map is chunked
+    n_pcs, n_neighbors = min(n_pcs, int(varies.sum()) - 1, n_clustered - 1), min(n_neighbors, n_clustered - 1)
     sc.pp.pca(adata, n_comps=n_pcs, random_state=seed)
-    sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, n_clustered - 1), use_rep="X_pca", random_state=seed)
+    sc.pp.neighbors(adata, n_neighbors=n_neighbors, use_rep="X_pca", random_state=seed)
     code, resolution = _communities(adata, n_domains, resolution, seed)
 
     domain = np.full(known.size, -1)
@@ -168,7 +169,7 @@ def find_domains(
         nearest = KNeighborsClassifier(n_neighbors).fit(adata.obsm["X_pca"], code)
         center = adata.X.mean(0)
         for at, x in _expression(locations, columns, known & ~drawn):
-            domain[at] = nearest.predict((x - center) @ adata.varm["PCs"])
+            domain[at] = nearest.predict((x[:, varies] - center) @ adata.varm["PCs"])
     domain = _by_size(domain)
     names = [str(number) for number in range(domain.max() + 1)]
     entry = provenance(
@@ -201,8 +202,10 @@ def _check_numbers(
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
             raise ValueError(f"`{name}` must be a whole number of at least {low}, found {value!r}.")
-    if isinstance(resolution, bool) or not (np.isfinite(resolution) and resolution > 0):
+    if isinstance(resolution, bool) or not isinstance(resolution, Real) or not 0 < resolution < np.inf:
         raise ValueError(f"`resolution` must be a positive number, found {resolution!r}.")
+    if seed >= 2**32:
+        raise ValueError(f"`seed` must be below 2**32, found {seed}.")
     if n_domains is not None and resolution != 1.0:
         raise ValueError(f"give n_domains={n_domains} or resolution={resolution}, not both: the one decides the other.")
 
@@ -210,32 +213,33 @@ def _check_numbers(
 def _check_key(
     data: SpatialData | AnnData, map_key: str | None, table_key: str | None, key: str, *, overwrite: bool
 ) -> None:
-    """Refuse a name that exists, unless it is an earlier result that may be replaced."""
+    """Refuse a name that exists, unless it is an earlier result that may be replaced, and one that cannot be stored."""
+    trial = SpatialData()
     if map_key is None:
         table = get_table(data, table_key=table_key)
-        container, what, made = table.obs, "obs", table.uns
+        container, what, made, names = table.obs, "obs", table.uns, list(table.obs)
+        trial["trial"] = TableModel.parse(AnnData(np.zeros((1, 1)), obs=pd.DataFrame({key: ["a"]}, index=["0"])))
     else:
         container, what, made = data.labels, "sdata.labels", data.attrs
+        names = [name for _, name, _ in data.gen_elements()]
+        trial.labels[key] = Labels2DModel.parse(np.zeros((1, 1), np.uint16), dims=("y", "x"))
     check_new_key(container, key, overwrite=overwrite, what=what)
-    others = [] if map_key is None else [name for _, name, _ in data.gen_elements() if name not in container]
-    if (key in container and made.get("stgen", {}).get(key, {}).get("function") != FUNCTION) or key in others:
+    entry = made.get("stgen", {}).get(key)
+    another = entry is not None and entry.get("function") != FUNCTION
+    if (
+        another
+        or (key in container and entry is None)
+        or key.lower() in {n.lower() for n in names if n not in container}
+    ):
         raise ValueError(
             f"{key!r} is there and not a result of {FUNCTION}, so it is not replaced; pass another key_added=."
         )
+    similar = next((name for name in container if name != key and name.lower() == key.lower()), None)
+    if similar is not None:
+        raise ValueError(f"{key!r} and {similar!r} cannot be stored side by side; pass another key_added=.")
 
 
 # ---- expression ------------------------------------------------------------------------------------------------------
-
-
-def _counts(window: Window, n_genes: int) -> np.ndarray:
-    """All counts of a window, ``(genes, ...)``."""
-    counts = np.empty((n_genes, *window.shape), np.float32)
-
-    def see(genes: slice, block: np.ndarray) -> None:
-        counts[genes] = block
-
-    window.each(see)
-    return counts
 
 
 def _has_counts(window: Window) -> np.ndarray:
@@ -250,19 +254,27 @@ def _has_counts(window: Window) -> np.ndarray:
 
 
 def _expression(
-    locations: Locations, columns: list[int], wanted: np.ndarray
+    locations: Locations, columns: np.ndarray, wanted: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The numbers of wanted locations, and ``log1p(counts per 10,000)`` there, ``(n, genes)``, window by window."""
+    """The numbers of wanted locations, and ``log1p(counts per 10,000)`` there, ``(n, columns)``, window by window."""
     number = np.arange(wanted.size).reshape(locations.shape)
     for window in locations.windows():
         at = number[window.at].ravel()
         here = wanted[at]
         if here.any():
-            counts = _counts(window, len(locations.genes)).reshape(len(locations.genes), -1)[:, here].T
-            total = counts.sum(1, dtype=np.float64)
+            counts, total = np.empty((here.sum(), len(columns)), np.float32), np.zeros(here.sum())
+
+            def see(genes: slice, block: np.ndarray, here=here, counts=counts, total=total) -> None:
+                block = block.reshape(len(block), -1)[:, here]
+                total += block.sum(0, dtype=np.float64)
+                first = genes.start or 0
+                inside = (columns >= first) & (columns < first + len(block))
+                counts[:, inside] = block[columns[inside] - first].T
+
+            window.each(see)
             if locations.depth is not None:
                 total = np.full(len(total), locations.depth)
-            yield at[here], transform_counts(counts[:, columns], total, "log1p_norm").astype(np.float32)
+            yield at[here], transform_counts(counts, total, "log1p_norm").astype(np.float32)
 
 
 # ---- communities -----------------------------------------------------------------------------------------------------

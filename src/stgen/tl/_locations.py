@@ -25,7 +25,7 @@ from stgen.tl._inputs import predicted_in_x
 from stgen.tl._overlap import find_overlap
 from stgen.transforms import inverse_transform
 
-__all__ = ["Bins", "Locations", "Rows", "Window", "bins_of_map", "rows_of_table"]
+__all__ = ["Bins", "Locations", "Rows", "Window", "bins_of_map", "locations_of", "rows_of_table"]
 
 VALUES_AT_ONCE = 2**22  # of a table
 
@@ -133,6 +133,24 @@ class Rows:
 
 
 Locations = Bins | Rows
+
+
+def locations_of(
+    data: SpatialData | AnnData, map_key: str | None, table_key: str | None, layer: str | None
+) -> Locations:
+    """The bins of the map that is named, or else the rows of a table."""
+    if not isinstance(data, SpatialData | AnnData):
+        raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+    if map_key is not None:
+        if isinstance(data, AnnData) or table_key is not None or layer is not None:
+            raise ValueError(
+                "map_key= names a map of a SpatialData; leave it out for a table, and table_key= and layer= for a map."
+            )
+        return bins_of_map(data, map_key)
+    if isinstance(data, SpatialData) and not data.tables:
+        names = ", ".join(map(repr, data.images)) or "none"
+        raise KeyError(f"the object has no table; pass map_key=<one of the maps in sdata.images: {names}>.")
+    return rows_of_table(data, table_key, layer)
 
 
 def bins_of_map(sdata: SpatialData, map_key: str) -> Bins:

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
+from spatialdata.transformations import get_transformation
 
-from stgen._image import slide_mpp
+from stgen._image import is_micrometers, slide_mpp
 from stgen._io import check_new_key, find_image, get_table, record, shallow_copy, write_table
 from stgen.pp import embed, tile_grid
 from stgen.tl._inputs import embedding_key_of, embedding_record, predicted_in_x, recorded_embeddings
@@ -114,13 +115,12 @@ class Target:
         progress: bool,
     ) -> str:
         """Key of an embedding like the one that was trained on, computed if need be; tiles are laid if need be."""
-        if mpp is None and hasattr(self.data, "properties") and (self.data.images or self.table is None):  # a WSIData
-            mpp = slide_mpp(self.data, find_image(self.data, image_key))
         if self.table is None:
             self.shapes_key = f"{self.key_added}_tiles"
             tile_grid(
-                self.work, image_key=image_key, mpp=mpp, key_added=self.shapes_key, table_key_added=self.key_added
-            )
+                self.work, image_key=image_key, mpp=self._mpp(image_key, mpp), key_added=self.shapes_key,
+                table_key_added=self.key_added,
+            )  # fmt: skip
             self.table = self.work.tables[self.key_added]
         if trained is None:
             images = self.work.images if isinstance(self.work, SpatialData) else self.work.uns.get("spatial", {})
@@ -132,8 +132,8 @@ class Target:
             if embedding_key is not None or not trained.get("by_name", False):
                 embedding_key_of(self.table, key)  # raises, and says what to call
             embed(
-                self.work, image_key=image_key, table_key=self.table_key, key_added=key, mpp=mpp, device=device,
-                progress=progress, **recipe_of(trained),
+                self.work, image_key=image_key, table_key=self.table_key, key_added=key, mpp=self._mpp(image_key, mpp),
+                device=device, progress=progress, **recipe_of(trained),
             )  # fmt: skip
             self.embedded = True
         found = embedding_record(self.table, key)
@@ -146,6 +146,14 @@ class Target:
             )
         warn_of_resolution(found, trained)
         return key
+
+    def _mpp(self, image_key: str | None, mpp: float | None) -> float | None:
+        """µm per pixel of the image where only a ``WSIData`` knows them, which ``work`` is not."""
+        if mpp is not None or not hasattr(self.data, "properties"):
+            return mpp
+        key = find_image(self.data, image_key)
+        systems = get_transformation(self.data.images[key], get_all=True)
+        return None if any(map(is_micrometers, systems)) else slide_mpp(self.data, key)
 
     def copy_data(self) -> SpatialData | AnnData:
         """Turn to a copy of the user's object, which is then the one to be written to."""
