@@ -52,7 +52,9 @@ MODELS = {
     ),
     "DiffST": lambda genes, **scale: models.DiffST(genes, **COMMON, **scale),
     "C3Diff": lambda genes, **scale: models.C3Diff(genes, **COMMON, **scale),
-    "HaDMST": lambda genes, **scale: models.HaDMST(genes, **COMMON, **{"text_encoder": "hashed", **scale}),
+    "HaDMST": lambda genes, **scale: models.HaDMST(
+        genes, **COMMON, **{"text_encoder": "hashed", "alignment_weight": 0.05, **scale}
+    ),
 }
 ABLATIONS: dict[str, dict[str, dict]] = {
     "DiffST": {
@@ -80,6 +82,7 @@ ABLATIONS: dict[str, dict[str, dict]] = {
         "image and prompt": {"segmentation": False},
         "without semantic distillation": {"semantic": False},
         "without alignment": {"alignment_weight": 0.0},
+        "image and nuclei, without alignment": {"text_encoder": "none", "alignment_weight": 0.0},
         "without discriminator": {"adversarial_weight": 0.0},
     },
 }
@@ -266,7 +269,7 @@ def print_table(cells: pd.DataFrame) -> None:
 
 def table(ablations: bool = False) -> pd.DataFrame:
     """Mean (and spread over seeds, where there are several) of everything in the results folder, or of ablations."""
-    runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("P4-*.json"))]
+    runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("P4-*x-*.json"))]
     runs = [r for r in runs if (r["model"].removesuffix(" without map") not in {"zero", "mean", *MODELS}) == ablations]
     frame = pd.DataFrame([{**{k: r[k] for k in ("protocol", "model", "consistency")}, **r["scores"]} for r in runs])
     frame = frame.sort_values(["protocol", "PCC"], kind="stable")

@@ -47,7 +47,7 @@ GENES = ["A", "B", "C"]
 SMALL = {
     "factor": 4, "px_per_bin": 2, "width": 8, "semantic_width": 8, "token": 4, "window": 2, "heads": 2, "region": 4,
     "widths": [8, 8, 8], "mean_widths": [8, 8], "gene_width": 4, "text_dim": 16,
-    "text_encoder": "hashed",
+    "text_encoder": "hashed", "alignment_weight": 0.05,
 }  # fmt: skip
 QUICK = {"batch_size": 2, "progress": False, "device": "cpu", "seed": 5}
 WEIGHTS = {"mean": 1.0, "semantic": 0.1, "alignment": 0.05}  # of the terms of the default loss

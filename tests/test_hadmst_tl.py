@@ -23,7 +23,7 @@ GENES = ["EPCAM", "COL1A1", "ACTB"]
 TINY = {
     "factor": 5, "px_per_bin": 2, "width": 8, "semantic_width": 8, "token": 4, "window": 2, "heads": 2, "layers": 2,
     "region": 4, "widths": [8, 8, 8], "mean_widths": [8, 8], "text_dim": 32,
-    "text_encoder": "hashed",
+    "text_encoder": "hashed", "alignment_weight": 0.05,
 }  # fmt: skip
 QUICK = {"steps": 2, "batch_size": 2, "device": "cpu", "progress": False}
 KEYS = {"map_key": "counts", "image_key": "he", "tile": 16}

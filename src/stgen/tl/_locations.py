@@ -148,7 +148,7 @@ def locations_of(
             )
         return bins_of_map(data, map_key)
     if isinstance(data, SpatialData) and not data.tables:
-        names = ", ".join(map(repr, data.images)) or "none"
+        names = ", ".join(data.images) or "none"
         raise KeyError(f"the object has no table; pass map_key=<one of the maps in sdata.images: {names}>.")
     return rows_of_table(data, table_key, layer)
 
