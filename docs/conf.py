@@ -63,7 +63,9 @@ shutil.rmtree(HERE / "tutorials", ignore_errors=True)
 (HERE / "tutorials").mkdir()
 for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
     shutil.copy(notebook, HERE / "tutorials")
-nb_execution_mode = "off" if os.environ.get("READTHEDOCS") == "True" else "force"  # `make docs SPHINX_ARGS="-D nb_execution_mode=off"` while writing
+nb_execution_mode = (
+    "off" if os.environ.get("READTHEDOCS") == "True" else "force"
+)  # `make docs SPHINX_ARGS="-D nb_execution_mode=off"` while writing
 nb_execution_timeout = 900  # seconds per cell
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
