@@ -114,8 +114,8 @@ class HaDMST(MapDiffusionModel):
     semantic_weight
         Weight of the distillation loss.
     alignment_weight
-        Weight of the alignment of both modalities (CMSA); 0 leaves it out. By default 0, without which maps of real tissue were
-        better, and 0.05 in the paper's preset.
+        Weight of the alignment of both modalities (CMSA); 0 leaves it out. By default 0, because it did not
+        help on real tissue, and 0.05 in the paper's preset.
     euclidean_weight, info_nce_weight
         ``lambda_1`` and ``lambda_2`` of the alignment loss.
     adversarial_weight
