@@ -25,21 +25,21 @@ def smaller(png: str) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
-def main() -> None:
-    """Put the outputs of the executed copies into the tutorials, whose sources must be the same."""
-    for file in sorted(KEPT.glob("*.ipynb")):
-        kept, built = (nbformat.read(place, as_version=4) for place in (file, BUILT / file.name))
-        if [cell.source for cell in kept.cells] != [cell.source for cell in built.cells]:
-            raise SystemExit(f"{file.name} has changed since the documentation was built; run `make tutorials`.")
-        for mine, theirs in zip(kept.cells, built.cells, strict=True):
-            if mine.cell_type != "code":
-                continue
-            for output in theirs.outputs:
-                if "image/png" in output.get("data", {}):
-                    output["data"]["image/png"] = smaller(output["data"]["image/png"])
-            mine.outputs, mine.execution_count = theirs.outputs, theirs.execution_count
-        nbformat.write(kept, file)
+def keep(file: Path, built: Path) -> None:
+    """Put the outputs of the executed copy into a tutorial whose code must be the same."""
+    kept, executed = (nbformat.read(place, as_version=4) for place in (file, built))
+    mine, theirs = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (kept, executed))
+    if [cell.source for cell in mine] != [cell.source for cell in theirs]:
+        raise SystemExit(f"{file.name} has changed since the documentation was built; run `make tutorials`.")
+    for cell, done in zip(mine, theirs, strict=True):
+        for output in done.outputs:
+            if "image/png" in output.get("data", {}):
+                output["data"]["image/png"] = smaller(output["data"]["image/png"])
+        cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]  # progress bars
+        cell.execution_count = done.execution_count
+    nbformat.write(kept, file)
 
 
 if __name__ == "__main__":
-    main()
+    for tutorial in sorted(KEPT.glob("*.ipynb")):
+        keep(tutorial, BUILT / tutorial.name)
