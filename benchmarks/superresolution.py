@@ -55,6 +55,7 @@ MODELS = {
     "HaDMST": lambda genes, **scale: models.HaDMST(
         genes, **COMMON, **{"text_encoder": "hashed", "alignment_weight": 0.05, **scale}
     ),
+    "HaDMST image and nuclei": lambda genes, **scale: models.HaDMST(genes, **COMMON, **scale),  # the default
 }
 ABLATIONS: dict[str, dict[str, dict]] = {
     "DiffST": {
@@ -87,8 +88,20 @@ ABLATIONS: dict[str, dict[str, dict]] = {
     },
 }
 PROMPT = "Immunofluorescence of human pancreas: nuclei, membranes, cytoplasm and stroma"
-FITTED = ("RegressionUNet", "RegressionUNet image only", "DiffST", "C3Diff", "HaDMST")  # by chance: once for each seed
-BLIND = ("RegressionUNet image only", "C3Diff", "HaDMST")  # also applied without the low-resolution map
+FITTED = (
+    "RegressionUNet",
+    "RegressionUNet image only",
+    "DiffST",
+    "C3Diff",
+    "HaDMST",
+    "HaDMST image and nuclei",
+)  # by chance: once for each seed
+BLIND = (
+    "RegressionUNet image only",
+    "C3Diff",
+    "HaDMST",
+    "HaDMST image and nuclei",
+)  # also applied without the low-resolution map
 TABLE = ["RMSE", "PCC", "PCC/ceiling", "SSIM", "SSIM_sample", "GSC", "RVD", "RVD_sample", "GSC_sample", "coverage_90%", "CRPS",
          "residual_mean", "fit_s", "predict_s"]  # fmt: skip
 

@@ -98,6 +98,14 @@ def log_profile(reference):
 METHODS = pytest.mark.parametrize("method", ["markers", "reference"])
 
 
+def test_the_record_of_another_function_is_not_replaced(table):
+    table.uns["stgen"] = {"stem": {"function": "tl.predict_expression"}}
+    with pytest.raises(ValueError, match="'stem' is there and not a result"):
+        tl.localize_cell_types(table, markers=MARKERS, key_added="stem", overwrite=True)
+    assert table.uns["stgen"] == {"stem": {"function": "tl.predict_expression"}}
+    assert "stem" not in table.obsm
+
+
 # ---- formulas --------------------------------------------------------------------------------------------------------
 
 

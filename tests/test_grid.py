@@ -241,7 +241,7 @@ def test_a_coarse_window_of_a_multiscale_image_reads_the_coarse_level():
 @pytest.mark.parametrize("degrees", [0, 90, 20])
 def test_beyond_the_image_its_edge_is_repeated(degrees):
     array = random_image(40, 40)
-    array[:, :, :2], array[:, :, -2:], array[:, :2], array[:, -2:] = 51, 102, 153, 204
+    array[:, :, :4], array[:, :, -4:], array[:, :4], array[:, -4:] = 51, 102, 153, 204
     sdata, grid = with_grid(8, 8, he=image_element(array, affine(rotation(degrees))))
     window = grid.image_window(sdata, "he", px_per_bin=1)
     far = {0: [(3, -60), (3, 60), (-60, 3), (60, 3)], 90: [(-60, -3), (60, -3), (3, 60), (3, -60)], 20: []}[degrees]

@@ -231,6 +231,12 @@ def test_swapped_axes(on_tissue):
         stgen.pp.check_alignment(slide_sdata(on_tissue[:, ::-1]))
 
 
+def test_a_few_spots_on_patchy_tissue_are_not_called_exchanged():
+    for seed in range(4):
+        section = stgen.datasets.simulated_section(size_um=500, seed=seed)
+        assert stgen.pp.check_alignment(section, table_key="spot_counts").inside == 1
+
+
 def test_outside(on_tissue):
     with pytest.raises(ValueError, match="176 of 176 locations lie outside the image"):
         stgen.pp.check_alignment(slide_sdata(on_tissue + 1000))

@@ -72,7 +72,9 @@ class Histology:
     """A lazily read image.
 
     Nothing is loaded until :meth:`read`, :meth:`patches` or :meth:`thumbnail` asks for it, and then only the windows
-    that are needed, from the coarsest level that is at least as fine as the resolution asked for.
+    that are needed, from the coarsest level that is at least as fine as the resolution asked for. A level that is at
+    least twice as fine is first averaged over 2 x 2, 4 x 4, ... pixels, as a pyramid would have been, so that an image
+    reads the same with a pyramid as without.
 
     Coordinates are pixels of the finest level: x is the column, y the row, and pixel (0, 0) covers [0, 1) x [0, 1).
 
@@ -177,6 +179,12 @@ class Histology:
         fine_enough = [i for i, scale in enumerate(self.scales) if scale * self.mpp <= mpp * 1.01]
         return max(fine_enough, key=lambda i: self.scales[i], default=0)
 
+    def _source(self, mpp: float) -> tuple[int, int]:
+        """The level to read from, and over how many of its pixels to average along each axis, a power of two."""
+        index = self._level(mpp)
+        times = min(mpp * 1.01 / (self.scales[index] * self.mpp), *self.levels[index].shape[1:])
+        return index, 2 ** int(np.log2(max(times, 1.0)))
+
     def _windows(
         self, centers: np.ndarray, width: float, height: float, n_x: int, n_y: int, batch_size: int = 64
     ) -> Iterator[np.ndarray]:
@@ -184,15 +192,15 @@ class Histology:
 
         The region that holds all of them is read once.
         """
-        index = self._level(min(width / n_x, height / n_y) * self.mpp)
-        ratio_y, ratio_x = self._ratio[index]
+        index, shrink = self._source(min(width / n_x, height / n_y) * self.mpp)
+        ratio_y, ratio_x = (ratio * shrink for ratio in self._ratio[index])
         width, height = width / ratio_x, height / ratio_y
         left = centers[:, 0] / ratio_x - width / 2
         top = centers[:, 1] / ratio_y - height / 2
         margin_x, margin_y = (max(1, int(np.ceil(w / n))) for w, n in ((width, n_x), (height, n_y)))
         x0, y0 = np.floor(left).astype(int) - margin_x, np.floor(top).astype(int) - margin_y
         w, h = int(np.ceil(width)) + 2 * margin_x + 1, int(np.ceil(height)) + 2 * margin_y + 1
-        region = self._region(index, x0.min(), y0.min(), x0.max() + w, y0.max() + h).transpose(1, 0, 2)
+        region = self._region(index, shrink, x0.min(), y0.min(), x0.max() + w, y0.max() + h).transpose(1, 0, 2)
         across = resample_matrix(left - x0, width, n_x, w)
         down = resample_matrix(top - y0, height, n_y, h)
         x0, y0 = x0 - x0.min(), y0 - y0.min()
@@ -208,15 +216,18 @@ class Histology:
                 out[k] = done.T.reshape(n_y, -1, n_x).transpose(1, 0, 2)
             yield out / self._full_scale
 
-    def _region(self, index: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-        """A window of one level, its edge repeated outside the image."""
+    def _region(self, index: int, shrink: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+        """A window of one level averaged over ``shrink`` x ``shrink`` pixels, its edge repeated outside the image."""
         level = self.levels[index]
-        n_y, n_x = level.sizes["y"], level.sizes["x"]
+        n_y, n_x = level.sizes["y"] // shrink, level.sizes["x"] // shrink
         ys, xs = np.clip([y0, y1], 0, n_y), np.clip([x0, x1], 0, n_x)
         # a window that lies wholly outside still needs one pixel to repeat
         ys = (min(ys[0], n_y - 1), max(ys[1], 1))
         xs = (min(xs[0], n_x - 1), max(xs[1], 1))
-        window = np.asarray(level[:, ys[0] : ys[1], xs[0] : xs[1]].data)
+        window = np.asarray(level[:, ys[0] * shrink : ys[1] * shrink, xs[0] * shrink : xs[1] * shrink].data)
+        if shrink > 1:
+            blocks = window.reshape(-1, ys[1] - ys[0], shrink, xs[1] - xs[0], shrink)
+            window = blocks.mean(4, dtype=np.float32).mean(2)
         rows = np.clip(np.arange(y0, y1), ys[0], ys[1] - 1) - ys[0]
         columns = np.clip(np.arange(x0, x1), xs[0], xs[1] - 1) - xs[0]
         if len(rows) == window.shape[1] and len(columns) == window.shape[2]:

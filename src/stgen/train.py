@@ -96,7 +96,7 @@ def fit(
     Raises
     ------
     ValueError
-        If the device is unknown, or ``checkpoint`` belongs to another run.
+        If the device is unknown, ``checkpoint`` belongs to another run, or ``batch_size`` is below the number of processes.
 
     Examples
     --------
@@ -111,6 +111,11 @@ def fit(
     [2]
     """
     accelerator = _accelerator(device, precision)
+    if batch_size < accelerator.num_processes:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be spread over {accelerator.num_processes} processes; "
+            f"pass batch_size={accelerator.num_processes} or more, or start fewer processes."
+        )
     signature = {
         "model": type(model).__name__, "config": model.config, "rows": len(train), "batch_size": batch_size, "lr": lr,
         "weight_decay": weight_decay, "ema_decay": ema_decay, "max_grad_norm": max_grad_norm, "seed": seed,
@@ -198,6 +203,10 @@ class _State:
             return
         with self.averaged_weights():
             loss = self.validation_loss(validation, batch_size, seed)
+        if self.accelerator.num_processes > 1:  # all stop together, at what the first has found
+            from accelerate.utils import broadcast
+
+            loss = float(broadcast(torch.tensor(loss, dtype=torch.float64, device=self.accelerator.device)))
         self.history.setdefault("validation", []).append(loss)
         if loss < self.best_loss:
             self.best_loss, self.stale = loss, 0

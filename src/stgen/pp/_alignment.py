@@ -198,7 +198,7 @@ def check_section(section: Section, *, scales: Iterable[float] = ()) -> Alignmen
     found = f"{where}; {100 * inside:.0f} % lie inside and {100 * on_tissue:.0f} % on tissue."
 
     if on_tissue < 0.9:
-        _raise_if_swapped(on_tissue, swapped, found)
+        _raise_if_swapped(on_tissue, swapped, len(xy), found)
     best = max(((_score(xy * s, image, mask, pixel), s) for s in scales), key=lambda r: r[0][1] * r[0][2], default=None)
     fits = best is not None and best[0][1] >= 0.8 and best[0][2] >= 0.4
     advice = ""
@@ -253,8 +253,10 @@ _MEND = (
 )
 
 
-def _raise_if_swapped(on_tissue: float, swapped: float, found: str) -> None:
-    if swapped > on_tissue + 0.15:
+def _raise_if_swapped(on_tissue: float, swapped: float, n: int, found: str) -> None:
+    """Where exchanged coordinates fit well, and better by more than chance: a shift or a wrong scale is something else."""
+    better = swapped - on_tissue
+    if swapped >= 0.8 and better > 0.15 and better * np.sqrt(n) > 1.5:  # 1.5: three standard deviations of a share of n
         raise ValueError(
             f"x and y look exchanged. {found} With x and y exchanged, {100 * swapped:.0f} % lie on tissue. Exchange them: "
             'adata.obsm["spatial"] = adata.obsm["spatial"][:, ::-1] (AnnData), or swap the columns when the shapes are '

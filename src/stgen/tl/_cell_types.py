@@ -381,12 +381,14 @@ class _Target:
                 (getattr(data, kind) for kind in kinds), (f"sdata.{kind}" for kind in kinds), names, strict=True
             )
             made, others = data.attrs, {name.lower(): name for _, name, _ in data.gen_elements()}
-        ours = made.get("stgen", {}).get(key, {}).get("function") == FUNCTION
+        entry = made.get("stgen", {}).get(key)
+        ours = entry is not None and entry.get("function") == FUNCTION
         for container, what, name in slots:
             check_new_key(container, name, overwrite=overwrite, what=what)
-            taken = name if name in container and not ours else None
+            record_of_another = name == key and entry is not None
+            taken = name if (name in container or record_of_another) and not ours else None
             if name not in container:
-                taken = others.get(name.lower())
+                taken = others.get(name.lower(), taken)
             if taken is not None:
                 raise ValueError(
                     f"{taken!r} is there and not a result of {FUNCTION}, so it is not replaced; pass another key_added=."
