@@ -1,19 +1,22 @@
 """Keep what the tutorials printed and drew when the documentation was built: `make tutorials` runs the build, then this.
 
 Read the Docs stops builds after a quarter of an hour, less than it takes to run all tutorials, and shows these outputs instead. Pictures
-are kept in 256 colors, which is a quarter of their size.
+are kept in 256 colors, which is a quarter of their size, and the names of temporary folders are left out.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import re
+import tempfile
 from pathlib import Path
 
 import nbformat
 from PIL import Image
 
 HERE = Path(__file__).parent
+TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"/tmp\w+/")
 BUILT, KEPT = HERE / "_build" / "jupyter_execute" / "tutorials", HERE.parent / "tutorials"
 
 
@@ -33,8 +36,12 @@ def keep(file: Path, built: Path) -> None:
         raise SystemExit(f"{file.name} has changed since the documentation was built; run `make tutorials`.")
     for cell, done in zip(mine, theirs, strict=True):
         for output in done.outputs:
-            if "image/png" in output.get("data", {}):
-                output["data"]["image/png"] = smaller(output["data"]["image/png"])
+            data = output.get("data", {})
+            if "image/png" in data:
+                data["image/png"] = smaller(data["image/png"])
+            for holder, kind in ((output, "text"), (data, "text/plain"), (data, "text/html")):
+                if kind in holder:
+                    holder[kind] = TEMPORARY.sub("", holder[kind])
         cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]  # progress bars
         cell.execution_count = done.execution_count
     nbformat.write(kept, file)

@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -188,3 +189,11 @@ def test_pages_name_only_what_exists(page: Path) -> None:
     modules = "|".join([*LAYER_1, *NAMESPACES])
     named = set(re.findall(rf"\b(?:sg|stgen)\.((?:{modules})\.\w+)", page.read_text(encoding="utf-8")))
     assert named - set(DOCUMENTED) == set(), f"{page.name} names what does not exist"
+
+
+@pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_tutorials_are_listed_and_keep_their_outputs(tutorial):
+    cells = [cell for cell in json.loads(tutorial.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # executed once, in order
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert f"tutorials/{tutorial.stem}\n" in (DOCS / "index.md").read_text()
