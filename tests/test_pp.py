@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData, get_extent
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
-from spatialdata.transformations import Identity, Scale, Translation, set_transformation
+from spatialdata.transformations import Identity, Scale, Translation, get_transformation, set_transformation
 from xarray import DataArray
 
 import stgen
@@ -354,3 +354,40 @@ def test_tile_grid_errors(on_tissue, arguments, message):
     with pytest.raises(ValueError, match="No tile lies on tissue"):
         stgen.pp.tile_grid(blank)
     assert set(blank.shapes) == {"spots"}
+
+
+# ---- a coordinate system in micrometers ------------------------------------------------------------------------------
+
+
+def test_micrometers_by_the_scale(on_tissue):
+    sdata = slide_sdata(on_tissue)
+    sdata.rename_coordinate_systems({"um": "px"})
+    stgen.pp.name_micrometers(sdata, mpp=0.25, coordinate_system="px")
+    for name, scale in (("he", 0.5), ("spots", 0.25)):  # a pixel of the image measures 2 units of "px"
+        matrix = get_transformation(sdata[name], "um").to_affine_matrix(("x", "y"), ("x", "y"))
+        np.testing.assert_allclose(matrix, np.diag([scale, scale, 1]))
+    assert stgen.pp.check_alignment(sdata).mpp == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "either points_key=.* or mpp="),
+        ({"points_key": "transcripts", "mpp": 1.0}, ValueError, "either points_key=.* or mpp="),
+        ({"mpp": 0}, ValueError, "`mpp` must be a positive number"),
+        ({"points_key": "nothing"}, KeyError, "sdata.points has transcripts"),
+        ({"mpp": 1.0, "coordinate_system": "moon"}, KeyError, "no element is in the coordinate system 'moon'; found"),
+        ({"mpp": 1.0, "key_added": "pixels"}, ValueError, "'pixels' does not say"),
+        ({"mpp": 1.0, "key_added": "um"}, ValueError, "have a transformation to 'um' already"),
+    ],
+)
+def test_micrometers_refuses(sdata, arguments, error, message):
+    def systems():
+        return {
+            name: set(get_transformation(sdata[name], get_all=True)) for name in ("he", "spots", "transcripts", "cells")
+        }
+
+    before = systems()
+    with pytest.raises(error, match=message):
+        stgen.pp.name_micrometers(sdata, **{"coordinate_system": "um", "key_added": "microns", **arguments})
+    assert systems() == before

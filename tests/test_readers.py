@@ -241,6 +241,22 @@ def test_xenium_is_counted_as_its_molecules_are(xenium, small):
     assert tenx.CONTROL in xenium["all"].coords["c"].values  # genes=None counts the control probes too
 
 
+def test_xenium_in_micrometers(xenium, small, tmp_path):
+    pp.name_micrometers(xenium, points_key="transcripts")
+    pp.rasterize(xenium, bin_um=4, genes=GENES, mask_um=None)  # nobody says mpp
+    direct = shallow_copy(small)
+    pp.rasterize(direct, points_key="transcripts", bin_um=4, genes=GENES, mask_um=None)
+    assert np.abs(values_of(xenium, "counts") - values_of(direct, "counts")).sum() <= 4
+    np.testing.assert_allclose(
+        corners_um(xenium, "counts", "um", 1.0), corners_um(direct, "counts", "um", 1.0), atol=1e-6
+    )
+    for name in ("cell_boundaries", "cell_labels"):
+        assert "um" in get_transformation(xenium[name], get_all=True)
+    report = pp.check_alignment(xenium, image_key="he_image", table_key="table")
+    np.testing.assert_allclose(report.image_um, 300, rtol=0.02)
+    check_stored(xenium, tmp_path / "micrometers.zarr", ["counts"])
+
+
 def test_xenium_from_molecules_to_cells(xenium, small, tmp_path):
     pp.rasterize(xenium, bin_um=2, mpp=tenx.PIXEL_UM, genes=GENES)
     pp.degrade(xenium, map_key="counts", factor=2)

@@ -333,6 +333,6 @@ def image_of(
     if mpp is None:
         raise ValueError(
             f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "
-            f"({', '.join(systems)}) is in micrometers. Pass mpp=<µm per image pixel>."
+            f"({', '.join(systems)}) is in micrometers. Pass mpp=<µm per image pixel>, or add one: stgen.pp.name_micrometers(...)."
         )
     return Histology(image_levels(element), mpp=mpp)

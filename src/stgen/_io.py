@@ -268,7 +268,7 @@ def _section_from_spatialdata(
                 f"The µm per pixel of the image {image_key!r} are not known: no coordinate system is named "
                 f"micrometers ({_listed(get_transformation(sdata.images[image_key], get_all=True))}) and the locations "
                 "are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per image pixel> (0.2125 for a full-resolution "
-                'Xenium image), or name a micrometer coordinate system "um".'
+                "Xenium image), or add a micrometer coordinate system: stgen.pp.name_micrometers(...)."
             )
         mpp = scale * um_per_unit
     xy_px = (np.column_stack([xy, np.ones(len(xy))]) @ np.linalg.inv(matrix).T)[:, :2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._alignment import AlignmentReport, check_alignment
 from ._embed import embed
 from ._genes import select_genes
+from ._micrometers import name_micrometers
 from ._nuclei import segment_nuclei
 from ._rasterize import degrade, rasterize
 from ._spots import simulate_spots, spots_to_map
@@ -15,6 +16,7 @@ __all__ = [
     "check_alignment",
     "degrade",
     "embed",
+    "name_micrometers",
     "rasterize",
     "segment_nuclei",
     "select_genes",

@@ -399,7 +399,7 @@ class Frame:
             raise ValueError(
                 f"The µm per unit of the coordinate system {coordinate_system!r} are not known: none of {key!r} "
                 f'({_listed(systems)}) is named micrometers. Pass mpp=<µm per unit> (0.2125 for "global" of a Xenium '
-                'section), or name a micrometer coordinate system "um".'
+                "section), or add a micrometer coordinate system: stgen.pp.name_micrometers(...)."
             )
         return cls(coordinate_system, float(unit), np.diag([unit, unit, 1.0]) @ matrix)
 
