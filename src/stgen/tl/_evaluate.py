@@ -91,7 +91,7 @@ def evaluate(
     Examples
     --------
     >>> from stgen import datasets, models, pp, tl
-    >>> sdata = datasets.simulated_section(size_um=600)
+    >>> sdata = datasets.simulated_section(size_um=1000)
     >>> pp.embed(sdata, image_key="he", table_key="spot_counts")
     >>> adata = sdata["spot_counts"]
     >>> probe = models.LinearProbe(pp.select_genes(adata, 10), embedding_dim=adata.obsm["X_texture"].shape[1])
