@@ -36,7 +36,10 @@ class AlignmentReport:
     >>> report.inside, report.mpp
     (1.0, 1.0)
     >>> print(report)  # doctest: +ELLIPSIS
-    AlignmentReport(... locations...: 100 % inside the image, ...)
+    AlignmentReport
+        locations: ...; 100 % inside the image
+        ...
+        no warnings
     """
 
     n_locations: int
@@ -60,12 +63,14 @@ class AlignmentReport:
     def __repr__(self) -> str:
         width, height = self.image_um
         pitch = "" if np.isnan(self.pitch_um) else f", {self.pitch_um:.4g} µm apart"
-        return (
-            f"AlignmentReport({self.n_locations:,} locations{pitch}: {100 * self.inside:.0f} % inside the image, "
-            f"{100 * self.on_tissue:.0f} % on tissue ({100 * self.on_tissue_swapped:.0f} % with x and y exchanged); image "
-            f"{width:,.0f} x {height:,.0f} µm, {self.mpp:.4g} µm per pixel, {100 * self.tissue_fraction:.0f} % tissue; "
-            f"{'; '.join(self.warnings) or 'no warnings'})"
+        lines = (
+            "AlignmentReport",
+            f"locations: {self.n_locations:,}{pitch}; {100 * self.inside:.0f} % inside the image",
+            f"on tissue: {100 * self.on_tissue:.0f} %; with x and y exchanged, {100 * self.on_tissue_swapped:.0f} %",
+            f"image: {width:,.0f} x {height:,.0f} µm, {self.mpp:.4g} µm per pixel; {100 * self.tissue_fraction:.0f} % tissue",
+            *([f"warning: {warning}" for warning in self.warnings] or ["no warnings"]),
         )
+        return "\n    ".join(lines)
 
 
 def check_alignment(
