@@ -30,6 +30,19 @@ def smaller(png: str) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+def whole(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs without the later pieces of a stream, which the build (nb_merge_streams) added to the first and left there."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        before = kept[-1] if kept else {}
+        if output.output_type == "stream" and output.name == before.get("name"):
+            if not before.text.rstrip().endswith(output.text.rstrip()):
+                before.text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def keep(file: Path, built: Path) -> None:
     """Put the outputs of the executed copy into a tutorial whose code must be the same."""
     kept, executed = (nbformat.read(place, as_version=4) for place in (file, built))
@@ -44,7 +57,7 @@ def keep(file: Path, built: Path) -> None:
             for holder, kind in ((output, "text"), (data, "text/plain"), (data, "text/html")):
                 if kind in holder:
                     holder[kind] = TEMPORARY.sub("", holder[kind])
-        cell.outputs = [output for output in done.outputs if output.get("name") != "stderr"]  # progress bars
+        cell.outputs = whole([output for output in done.outputs if output.get("name") != "stderr"])  # progress bars
         cell.execution_count = done.execution_count
     nbformat.write(kept, file)
 
