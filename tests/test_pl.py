@@ -455,6 +455,12 @@ def test_maps_larger_than_the_panel_are_strided_and_read_by_gene(section: Spatia
     assert drawn(pl.maps(section, "B", keys="large", axes=wide)[0, 0]).shape == (1300, 2600)
 
 
+def test_maps_that_there_are_get_listed(section: SpatialData) -> None:
+    section.attrs["stgen"] = {"result": {}, "gone": {}}
+    with pytest.raises(KeyError, match=r"no result 'predicted'; the maps in sdata.images are 'result': pass keys="):
+        pl.maps(section, ["A"])
+
+
 def test_maps_of_a_rare_gene_have_a_range(section: SpatialData) -> None:
     values = np.zeros((2, *SHAPE))
     values[0, 3, 3] = 4

@@ -187,15 +187,37 @@ def test_slide_without_spots_is_tiled_embedded_and_predicted(tmp_path):
     assert again["predicted"].uns["spatialdata_attrs"]["region"] == "predicted_tiles"
 
 
-def test_spatialdata_table_that_lacks_genes_gets_a_new_table(section, probe, genes):
+def test_spatialdata_table_that_lacks_genes_gets_a_new_table(section, probe, genes, caplog):
     narrow = section["spot_counts"][:, genes[:3]].copy()
     del section.tables["spot_counts"]
     section.tables["spot_counts"] = narrow
     tl.predict_expression(section, model=probe, table_key="spot_counts", **QUIET)
     assert list(section["predicted"].var_names) == genes
     assert "predicted" not in section["spot_counts"].layers
+    assert "9 of the 12 genes to predict are not in 'spot_counts'" in caplog.text
+    assert "sdata.tables['predicted']" in caplog.text
     with pytest.raises(KeyError, match=r"9 of the 12 genes.*genes="):
         tl.predict_expression(narrow, model=probe, **QUIET)
+
+
+def test_what_can_be_scored_is_listed(section, probe):
+    with pytest.raises(
+        KeyError, match=r"no prediction layers.*stgen.tl.predict_expression\(data, model=...\) makes one"
+    ):
+        tl.evaluate(section)
+    tl.predict_expression(section, model=probe, key_added="probe", **QUIET)
+    with pytest.raises(KeyError, match="those of the table are .*probe.*: pass key="):
+        tl.evaluate(section)
+
+
+@pytest.mark.parametrize("what", ["gene", "embedding"])
+def test_errors_of_several_sections_name_the_one(sections, section, genes, what):
+    if what == "gene":
+        section.tables["spot_counts"] = section["spot_counts"][:, genes[1:]].copy()
+    else:
+        section["spot_counts"].uns["stgen"].clear()
+    with pytest.raises(KeyError, match="section .*broken.*: .*(genes are not in the table|no histology embedding)"):
+        tl.fit(models.LinearProbe(genes, embedding_dim=12), {"whole": sections["patient 0"], "broken": section})
 
 
 def test_missing_embedding_is_computed_as_in_training(sections):
@@ -230,7 +252,7 @@ def test_a_prediction_is_never_taken_for_a_measurement(section, probe, stem):
     again = tl._target.Target.find(slide, table_key=None, shapes_key=None, key_added="third")
     assert again.user_table is None
     assert again.shapes_key == "spots"
-    with pytest.raises(KeyError, match="no prediction"):
+    with pytest.raises(KeyError, match="X of this table is the prediction 'first' itself: there are no counts"):
         tl.evaluate(slide, key="second", table_key="first")
     with pytest.raises(ValueError, match="prediction in X"):
         tl.fit(models.LinearProbe(probe.genes, embedding_dim=12), slide, table_key="first", embedding_key="X_colors")

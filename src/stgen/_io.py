@@ -424,7 +424,7 @@ def get_counts(
             unknown = [gene for gene, i in zip(genes, position, strict=True) if i < 0]
             raise KeyError(
                 f"{len(unknown)} of {len(genes)} genes are not in the table ({_listed(unknown)}); its names look like "
-                f"{_listed(table.var_names[:3])}."
+                f"{_listed(table.var_names[:3])}. Leave these genes out, or bring both to the same kind of names."
             )
         values = values[:, position]
     if hasattr(values, "compute"):
@@ -454,7 +454,7 @@ def _warn_unless_whole(stored: np.ndarray, where: str) -> None:
     if fractional.size and fractional.mean() > 0.01:
         logger.warning(
             "%s does not hold whole numbers (such as %.4g) and is taken as counts. If it is normalized or log-transformed, "
-            'pass the layer with the counts: layer="counts".',
+            'put the counts into X (adata.X = adata.layers["counts"]), or pass layer="counts" to a function that takes it.',
             where,
             sample[np.argmax(fractional)],
         )

@@ -13,7 +13,7 @@ from stgen._io import Section, get_section, get_table
 from stgen._platforms import spot_pitch
 from stgen.metrics import pcc
 from stgen.pl._panels import Column, Discs, Picture, Scale, check_panels, checked_axes, fine_enough, placed, sketch
-from stgen.tl._inputs import expression
+from stgen.tl._inputs import expression, predictions_of
 
 __all__ = ["picture_of_table", "place_of"]
 
@@ -78,12 +78,7 @@ def _correlation(predicted: Mapping[str, np.ndarray], measured: Mapping[str, np.
 
 def _check(table: AnnData, genes: list[str], keys: list[str]) -> dict[str, Mapping[str, Any]]:
     """The records of the results, once it is known that the genes can be drawn from them."""
-    records = table.uns.get("stgen", {})
-    results = {
-        key: entry
-        for key, entry in records.items()
-        if isinstance(entry, Mapping) and entry.get("function") == "tl.predict_expression"
-    }
+    results = {key: table.uns["stgen"][key] for key in predictions_of(table)}
     absent = [key for key in keys if key not in results]
     if absent or not keys:
         raise KeyError(

@@ -148,12 +148,25 @@ def maps(
     what = {"panels": panels, "axes": axes, "image_key": image_key}
     are_maps = isinstance(data, SpatialData) and any(key in data.images for key in keys)
     _refuse(for_tables if are_maps else for_maps, keys, are_maps=are_maps)
+    if not are_maps and isinstance(data, SpatialData):
+        _refuse_unknown(data, keys)
     if are_maps:
         picture, axes = picture_of_maps(data, genes, keys, **what, **for_maps)
     else:
         picture, axes = picture_of_table(data, genes, keys, **what, **for_tables)
     cmaps = {"expression": cmap, "spread": spread_cmap, "error": error_cmap}
     return draw(picture, genes, axes, quantiles=quantiles, cmaps=cmaps, alpha=alpha)
+
+
+def _refuse_unknown(sdata: SpatialData, keys: list[str]) -> None:
+    """Say which maps there are, where none of the keys is a result of any kind."""
+    records = [sdata.attrs.get("stgen", {}), *(table.uns.get("stgen", {}) for table in sdata.tables.values())]
+    maps = [key for key in records[0] if key in sdata.images]
+    if keys and maps and not any(key in record for record in records for key in keys):
+        raise KeyError(
+            f"there is no result {', '.join(map(repr, keys))}; the maps in sdata.images are {', '.join(map(repr, maps))}: "
+            "pass keys=<some of them>."
+        )
 
 
 def _refuse(options: dict[str, object], keys: list[str], *, are_maps: bool) -> None:

@@ -11,7 +11,7 @@ from spatialdata import SpatialData
 
 from stgen._io import get_section, get_table
 from stgen.tl._evaluate_maps import evaluate_maps
-from stgen.tl._inputs import expression
+from stgen.tl._inputs import expression, predicted_in_x, predictions_of
 from stgen.tl._scores import Scores, score
 from stgen.transforms import TransformName
 
@@ -131,9 +131,20 @@ def evaluate(
     table = get_table(data, table_key=table_key)
     entry = table.uns.get("stgen", {}).get(key)
     if key not in table.layers or entry is None:
+        if predicted_in_x(table) is not None:
+            raise KeyError(
+                f"X of this table is the prediction {predicted_in_x(table)!r} itself: there are no counts to score it "
+                "against. Predict into the table with the counts, naming genes that it has: "
+                "stgen.tl.predict_expression(data, model=..., genes=[...], table_key=<that table>)."
+            )
+        made = predictions_of(table)
         raise KeyError(
-            f'there is no prediction layers["{key}"] of tl.predict_expression; the layers are '
-            f"{', '.join(map(str, table.layers)) or 'none'}."
+            f'there is no prediction layers["{key}"]; '
+            + (
+                f"those of the table are {', '.join(map(repr, made))}: pass key=<one of them>."
+                if made
+                else "stgen.tl.predict_expression(data, model=...) makes one."
+            )
         )
     predicted = np.asarray(table.var[key], dtype=bool)
     genes = list(table.var_names[predicted])

@@ -89,7 +89,10 @@ def check_same_grid(sdata: SpatialData, key: str, other_key: str) -> None:
         If they differ in size or place, or share no coordinate system.
     """
     size, other_size = (tuple(get_map(sdata, name).shape[1:]) for name in (key, other_key))
-    hint = "Make both on one grid: stgen.pp.rasterize(..., bin_um=..., bounds_um=...) with the same bins and bounds."
+    hint = (
+        "Make both on one grid: stgen.tl.superresolve(..., like=<the other map>), or stgen.pp.rasterize(..., bin_um=..., "
+        "bounds_um=...) with the same bins and bounds."
+    )
     if size != other_size:
         raise ValueError(
             f"{key!r} and {other_key!r} are not on the same grid: {size[0]} x {size[1]} and {other_size[0]} x "

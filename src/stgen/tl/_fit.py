@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,7 +96,7 @@ def fit(
     KeyError
         If an embedding, a table, a map, an image or a gene is missing.
     ValueError
-        If counts are not counts, a gene is constant, locations are too few, embeddings of the sections differ, map, image
+        If counts are negative or not finite, a gene is constant, locations are too few, embeddings of the sections differ, map, image
         and low-resolution data do not fit the model or one another, or the device is unknown. The model is then as it
         was.
 
@@ -205,8 +206,9 @@ def gather(
         raise ValueError("`data` is an empty mapping; give at least one section.")
     x, h, group, blocks, embedding = [], [], [], [], None
     for number, (name, (counts, table, xy)) in enumerate(sections.items()):
-        key = embedding_key_of(table, embedding_key)
-        found = embedding_record(table, key)
+        with _in_section(name, sections):
+            key = embedding_key_of(table, embedding_key)
+            found = embedding_record(table, key)
         if found["n_features"] != model.config["embedding_dim"]:
             raise ValueError(
                 f'the model takes {model.config["embedding_dim"]} features and obsm["{key}"] of section {name!r} has '
@@ -217,7 +219,8 @@ def gather(
             raise ValueError(
                 f"section {name!r} was embedded otherwise than those before it: {found} against {embedding}."
             )
-        x.append(expression(counts, model.genes, model.transform, layer=layer))
+        with _in_section(name, sections):
+            x.append(expression(counts, model.genes, model.transform, layer=layer))
         h.append(np.asarray(table.obsm.get(f"{key}_views", np.asarray(table.obsm[key])[:, None])))
         block = spatial_blocks(xy)
         blocks.append(block + 1000 * number)
@@ -232,6 +235,17 @@ def gather(
         **{k: v for k, v in provenance("tl.fit").items() if k == "version"},
     }
     return SpotData(np.concatenate(x), np.concatenate(h), np.concatenate(group)), np.concatenate(blocks), record
+
+
+@contextmanager
+def _in_section(name: str, sections: Mapping[str, Any]) -> Iterator[None]:
+    """Errors say which of several sections they are about."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        if len(sections) == 1:
+            raise
+        raise type(error)(f"section {name!r}: {error.args[0]}") from error
 
 
 def check_training(x: np.ndarray, genes: list[str]) -> None:

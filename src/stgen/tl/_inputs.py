@@ -16,6 +16,7 @@ __all__ = [
     "embedding_record",
     "expression",
     "predicted_in_x",
+    "predictions_of",
     "recorded_embeddings",
     "spatial_blocks",
 ]
@@ -46,6 +47,15 @@ def predicted_in_x(table: AnnData) -> str | None:
         if isinstance(entry, Mapping) and entry.get("values_in") == "X":
             return key
     return None
+
+
+def predictions_of(table: AnnData) -> list[str]:
+    """Keys of the predictions that ``tl.predict_expression`` left in the table."""
+    return [
+        key
+        for key, entry in table.uns.get("stgen", {}).items()
+        if isinstance(entry, Mapping) and entry.get("function") == "tl.predict_expression"
+    ]
 
 
 def embedding_key_of(table: AnnData, embedding_key: str | None) -> str:

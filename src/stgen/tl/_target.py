@@ -91,6 +91,12 @@ class Target:
                 )
             if self.new_shapes:
                 check_new_key(self.data.shapes, f"{key}_tiles", overwrite=overwrite, what="sdata.shapes")
+            if missing:
+                logger.warning(
+                    "%d of the %d genes to predict are not in %r (%s): the prediction goes into X of a table of its own, "
+                    "sdata.tables[%r]. For layers beside the counts, name genes=[...] that are in it.",
+                    len(missing), len(genes), self.table_key, ", ".join(missing[:5]), key,
+                )  # fmt: skip
             return False
         ours = table.uns.get("stgen", {}).get(key, {}).get("function") == "tl.predict_expression"
         for container, what, name in (
