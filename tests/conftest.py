@@ -37,6 +37,15 @@ def sdata(simulated):
     return spatialdata.deepcopy(simulated)
 
 
+@pytest.fixture
+def normalized(sdata):
+    """As ``sdata``, but X of the spots is normalized and their counts are the layer "counts"."""
+    table = sdata["spot_counts"]
+    table.layers["counts"] = table.X.copy()
+    table.X = table.X.log1p()
+    return sdata
+
+
 @pytest.fixture(scope="session")
 def spots():
     """72 locations in 6 groups: 5 features, 4 genes that depend linearly on them, and noise of known size."""

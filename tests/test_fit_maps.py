@@ -15,7 +15,7 @@ from spatialdata.transformations import Identity, Scale, Translation, get_transf
 
 from stgen import models, pp, tl
 from stgen._grid import Grid, measurement_of
-from stgen._io import write_image
+from stgen._io import shallow_copy, write_image
 from stgen.data import MapData, MapSection
 from stgen.measurement import Measurement
 from stgen.models import C3Diff, DiffST, Interpolate, PixelProbe, RegressionUNet, Stem
@@ -260,6 +260,19 @@ def test_low_resolution_from_spots(rasterized):
     assert model.record["low_res"] == "spot_counts"
 
 
+def test_low_resolution_from_a_layer_of_spots(rasterized):
+    table = rasterized["spot_counts"].copy()
+    table.layers["counts"], table.X = table.X.copy(), table.X.log1p()
+    normalized = shallow_copy(rasterized)
+    normalized.tables["spot_counts"] = table
+    found, record = gathered({"s": normalized}, low_res="spot_counts", layer="counts")
+    expected, _ = gathered({"s": rasterized}, low_res="spot_counts")
+    np.testing.assert_array_equal(found[0].measurement.counts, expected[0].measurement.counts)
+    assert record["layer"] == "counts"
+    model = tl.fit(regression(), normalized, low_res="spot_counts", layer="counts", **KEYS, tile=16, **QUICK)
+    assert model.record["layer"] == "counts"
+
+
 def test_low_resolution_map_is_what_the_network_sees(section):
     values = np.asarray(section["counts_5x"].data) * 3
     area = section["counts_5x_area"]
@@ -470,9 +483,14 @@ BAD = {
     "tile too small": (lambda s: None, {"tile": 0}, ValueError, "`tile` must be a multiple of 2 bins"),
     "tile larger than the section": (lambda s: None, {"tile": 128}, ValueError, "no tile of 128 x 128 bins has enough"),
     "useless": (
-        lambda s: None, {"embedding_key": "X", "table_key": "spot_counts", "layer": "raw"}, ValueError,
-        "RegressionUNet is a model of maps, which has no use for embedding_key, table_key, layer",
+        lambda s: None, {"embedding_key": "X", "table_key": "spot_counts"}, ValueError,
+        "RegressionUNet is a model of maps, which has no use for embedding_key, table_key",
     ),
+    "layer of no table": (lambda s: None, {"layer": "raw"}, ValueError, "layer='raw' is that of a table of spots, and none was named"),
+    "layer of a map": (
+        lambda s: None, {"low_res": "counts_5x", "layer": "raw"}, ValueError, "layer='raw' is for tables, and 'counts_5x' is a map",
+    ),
+    "unknown layer": (lambda s: None, {"low_res": "spot_counts", "layer": "raw"}, KeyError, "There is no layer 'raw'"),
     "all held out": (lambda s: None, {"validation": 0.95}, ValueError, r"`validation` must be a share in \[0, 0.9\), found 0.95"),
     "device": (lambda s: None, {"device": "gpu7"}, ValueError, "unknown or absent device 'gpu7'"),
     "option": (lambda s: None, {"stepz": 3}, TypeError, "stepz"),

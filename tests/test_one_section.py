@@ -540,6 +540,19 @@ def test_spots_off_the_image_are_left_out(section, result):
         assert found[TABLE].n_obs == section["spot_counts"].n_obs - above
 
 
+def test_counts_of_spots_in_a_layer(section, result):
+    normalized = shallow_copy(section)
+    table = section["spot_counts"].copy()
+    table.layers["counts"], table.X = table.X.copy(), table.X.log1p()
+    normalized.tables["spot_counts"] = table
+    found = run(normalized, layer="counts", n_samples=3, keep_samples=True)
+    for suffix in SUFFIXES:
+        np.testing.assert_array_equal(
+            values_of(found, f"superresolved{suffix}"), values_of(result, f"superresolved{suffix}")
+        )
+    assert found.attrs["stgen"]["superresolved"]["layer"] == "counts"
+
+
 @pytest.mark.parametrize(("options", "n_bins"), [({}, 5), ({"factor": 4}, 4), ({"bin_um": 10}, 8)])
 def test_a_map_of_low_resolution_is_what_was_measured(mapped, options, n_bins):
     found = run(mapped, low_res="counts_8x", consistency=True, **options)
@@ -868,6 +881,7 @@ BAD = {
     "no shared system": (
         lambda s: placed(s, {"elsewhere": Identity()}), {}, ValueError, "share no coordinate system.*set_transformation",
     ),
+    "unknown layer": (None, {"layer": "nonsense"}, KeyError, "There is no layer 'nonsense'"),
     "unknown gene": (None, {"genes": ["EPCAM", "nonsense"]}, KeyError, "nonsense.*EPCAM"),
     "gene twice": (None, {"genes": ["EPCAM", "EPCAM"]}, ValueError, "each once"),
     "no genes": (None, {"genes": []}, ValueError, "at least one"),

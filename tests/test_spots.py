@@ -372,6 +372,15 @@ def test_the_map_of_spots_is_lazy_and_agrees_in_blocks(sdata, monkeypatch):
     np.testing.assert_array_equal(sdata["blocks"], sdata["whole"])
 
 
+def test_map_of_a_layer(normalized):
+    options = {"table_key": "spot_counts", "image_key": "he", "bin_um": 10, "genes": ["ACTB"]}
+    stgen.pp.spots_to_map(normalized, layer="counts", **options)
+    normalized["spot_counts"].X = normalized["spot_counts"].layers["counts"]
+    stgen.pp.spots_to_map(normalized, key_added="of_x", **options)
+    np.testing.assert_array_equal(normalized["spot_map"], normalized["of_x"])
+    assert normalized.attrs["stgen"]["spot_map"]["layer"] == "counts"
+
+
 def test_spots_beyond_the_grid_are_cut(sdata):
     genes = ["ACTB"]
     stgen.pp.rasterize(sdata, bin_um=10, bounds_um=(0, 0, 300, 600), genes=genes)
@@ -394,6 +403,7 @@ def test_spots_beyond_the_grid_are_cut(sdata):
             KeyError,
             "1 of 1 genes are not in the table 'spot_counts'",
         ),
+        ({"image_key": "he", "bin_um": 10, "layer": "x"}, KeyError, "There is no layer 'x'"),
         ({"image_key": "he", "bin_um": 10, "table_key": "cell_counts"}, ValueError, "neither circles of one size"),
         ({"image_key": "he", "bin_um": 10, "key_added": "he"}, ValueError, "exists already"),
         ({"image_key": "he", "bin_um": 700}, ValueError, "Bins of 700 µm are larger than the image"),

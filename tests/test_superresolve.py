@@ -12,7 +12,7 @@ from spatialdata.transformations import Affine, Identity, Scale, Translation, ge
 from spatialdata.transformations import Sequence as Chain
 from torch import nn
 
-from stgen import models, pp
+from stgen import models, pp, tl
 from stgen._grid import Grid, measurement_of
 from stgen._io import provenance, record, shallow_copy, write_image
 from stgen.diffusion import Diffusion
@@ -193,6 +193,19 @@ def test_nothing_is_known_far_from_spots(sdata):
     distance = np.sqrt(((np.stack([y, x], -1)[:, :, None] - centers) ** 2).sum(-1)).min(-1)
     assert known[distance < 5].all()
     assert not known[distance > 12].any()
+
+
+def test_counts_of_spots_in_a_layer(normalized):
+    """What is made of them is what is made of counts in X; scores know where they are."""
+    options = {"model": Local(factor=10), "low_res": "spot_counts", **QUICK}
+    superresolve(normalized, layer="counts", **options)
+    scores = tl.evaluate(normalized, key="superresolved", truth_key="superresolved", low_res="spot_counts")
+    assert scores.summary["residual_max"] < 1e-3
+    assert normalized.attrs["stgen"]["superresolved"]["layer"] == "counts"
+    normalized["spot_counts"].X = normalized["spot_counts"].layers["counts"]
+    superresolve(normalized, key_added="of_x", **options)
+    np.testing.assert_array_equal(values_of(normalized), values_of(normalized, "of_x"))
+    assert "layer" not in normalized.attrs["stgen"]["of_x"]
 
 
 def test_a_point_lies_in_its_bin(sdata, model):
@@ -819,6 +832,9 @@ def blank(sdata):
         (None, {"bin_um": 20}, ValueError, "fitted for bins of 10 µm, found bin_um=20"),
         (None, {"factor": 5}, ValueError, "factor=5 does not fit.*40 µm, 4 times"),
         (None, {"factor": 4, "low_res": "spot_counts"}, ValueError, "not a map"),
+        (None, {"layer": "counts"}, ValueError, "layer='counts' is for tables, and 'low' is a map: leave it out"),
+        (None, {"layer": "counts", "low_res": "spot_counts"}, KeyError, "There is no layer 'counts'"),
+        (None, {"layer": "counts", "low_res": None}, ValueError, "of a table of spots, and none was named: pass low_res="),
         (odd_bins, {"low_res": "odd"}, ValueError, r"25 µm, 2\.5 times the model's 10 µm"),
         (coarser, {"low_res": "coarser"}, ValueError, r"sharpen maps 4 times.*are 10\s+times its own"),
         (single_channel, {"image_key": "gray"}, ValueError, "images of 3 channels, and 'gray' has 1"),

@@ -322,7 +322,13 @@ def map_counts_checked(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def measurement_of(
-    sdata: SpatialData, low_res: str, grid: Grid, genes: Sequence[str], *, coordinate_system: str | None = None
+    sdata: SpatialData,
+    low_res: str,
+    grid: Grid,
+    genes: Sequence[str],
+    *,
+    layer: str | None = None,
+    coordinate_system: str | None = None,
 ) -> Measurement:
     """What was measured at low resolution, on a finer grid: square bins of a map, or spots.
 
@@ -337,21 +343,25 @@ def measurement_of(
         The fine grid.
     genes
         Genes to take, in this order.
+    layer
+        For a table: the layer with the counts; None for ``X``.
     coordinate_system
         Where grid and measurement meet; None: a micrometer one if there is one, else "global", else the first shared.
 
     Raises
     ------
     KeyError
-        If there is no such map or table, or it lacks a gene.
+        If there is no such map, table or layer, or it lacks a gene.
     ValueError
-        If the bins do not fit the grid, the locations are neither circles nor squares of one size, the counts are
+        If a layer of a map is asked for, the bins do not fit the grid, the locations are neither circles nor squares of one size, the counts are
         negative or infinite, nothing was measured on the grid, or there is no common coordinate system.
     """
     if low_res in sdata.images:
+        if layer is not None:
+            raise ValueError(f"layer={layer!r} is for tables, and {low_res!r} is a map: leave it out.")
         measurement = _measured_bins(sdata, low_res, grid, list(genes), coordinate_system)
     elif low_res in sdata.tables:
-        measurement = _measured_spots(sdata, low_res, grid, list(genes), coordinate_system)
+        measurement = _measured_spots(sdata, low_res, grid, list(genes), layer, coordinate_system)
     else:
         raise KeyError(
             f"There is no map or table {low_res!r}; the images are {_listed(sdata.images)}, the tables "
@@ -418,7 +428,7 @@ def _block_of(sdata: SpatialData, low_res: str, grid: Grid, coordinate_system: s
 
 
 def _measured_spots(
-    sdata: SpatialData, low_res: str, grid: Grid, genes: list[str], coordinate_system: str | None
+    sdata: SpatialData, low_res: str, grid: Grid, genes: list[str], layer: str | None, coordinate_system: str | None
 ) -> Measurement:
     table = sdata.tables[low_res]
     region, _ = _region(sdata, table, low_res, None)
@@ -442,7 +452,7 @@ def _measured_spots(
             )
         size = diameter**2
     return Measurement(
-        counts=get_counts(table, genes=genes),
+        counts=get_counts(table, genes=genes, layer=layer),
         centers=np.ascontiguousarray(centers),
         diameter=diameter,
         shape=shape,

@@ -16,7 +16,16 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 if TYPE_CHECKING:
     from spatialdata.transformations import BaseTransformation
 
-__all__ = ["check_new_key", "provenance", "record", "shallow_copy", "write_circles", "write_image", "write_table"]
+__all__ = [
+    "check_new_key",
+    "provenance",
+    "record",
+    "recorded_layer",
+    "shallow_copy",
+    "write_circles",
+    "write_image",
+    "write_table",
+]
 
 
 def check_new_key(container: Mapping, key: str, *, overwrite: bool, what: str) -> None:
@@ -53,6 +62,12 @@ def record(obj: AnnData | SpatialData, key: str, entry: Mapping[str, Any]) -> No
     kept = dict(store.get("stgen", {}))
     kept[key] = dict(entry)
     store["stgen"] = kept
+
+
+def recorded_layer(sdata: SpatialData, keys: Sequence[str], low_res: str) -> str | None:
+    """The layer of the table ``low_res`` that the first of some results made from it took its counts from; None: ``X``."""
+    entries = [sdata.attrs.get("stgen", {}).get(key, {}) for key in keys]
+    return next((entry.get("layer") for entry in entries if entry.get("low_res") == low_res), None)
 
 
 def write_image(

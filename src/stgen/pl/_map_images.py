@@ -12,6 +12,7 @@ from spatialdata import SpatialData
 from stgen._grid import Grid, get_map, measurement_of
 from stgen._image import Histology, affine_to, element_of, image_levels
 from stgen._io import _region, _shared_system
+from stgen._results import recorded_layer
 from stgen.pl._panels import (
     Column,
     Discs,
@@ -69,7 +70,7 @@ def picture_of_maps(
         if panel == "histology":
             columns.append(Column(panel))
         elif key == spots:
-            columns.append(_spots(sdata, spots, genes, fine, system, window))
+            columns.append(_spots(sdata, spots, recorded_layer(sdata, keys, spots), genes, fine, system, window))
         else:
             column = _column(panel, key, views[key], truth_key, len(keys))
             columns.append(column._replace(remark=_remark(sdata, key, genes)) if panel == "predicted" else column)
@@ -159,9 +160,11 @@ def _remark(sdata: SpatialData, key: str, genes: list[str]) -> Callable[[str], s
     return (lambda gene: "not predictable" if gene in doubtful else "") if doubtful else None
 
 
-def _spots(sdata: SpatialData, table_key: str, genes: list[str], fine: Grid, system: str, window: Window) -> Column:
+def _spots(
+    sdata: SpatialData, table_key: str, layer: str | None, genes: list[str], fine: Grid, system: str, window: Window
+) -> Column:
     """A column of discs: the counts of spots, per bin of the fine grid that a spot covers."""
-    measurement = measurement_of(sdata, table_key, fine, genes, coordinate_system=system)
+    measurement = measurement_of(sdata, table_key, fine, genes, layer=layer, coordinate_system=system)
     matrix = fine.to_system(system)
     xy = measurement.centers[:, ::-1] @ matrix[:2, :2].T + matrix[:2, 2]
     diameter = measurement.diameter * np.sqrt(abs(np.linalg.det(matrix[:2, :2])))

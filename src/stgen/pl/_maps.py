@@ -64,7 +64,8 @@ def maps(
         Results to draw, each by its ``key_added``: images of the SpatialData, or else layers of a table. Several stand side
         by side and share their colors.
     low_res
-        Maps only: what was measured at low resolution, a map of larger bins or a table of spots.
+        Maps only: what was measured at low resolution, a map of larger bins or a table of spots. Of a table, the layer is
+        drawn that ``keys`` were made from, ``X`` if they say nothing else.
     truth_key
         Maps only: map of the true counts.
     panels

@@ -200,6 +200,7 @@ def spots_to_map(
     bin_um: float | None = None,
     image_key: str | None = None,
     genes: Sequence[str] | None = None,
+    layer: str | None = None,
     coordinate_system: str | None = None,
     mpp: float | None = None,
     key_added: str = "spot_map",
@@ -215,7 +216,7 @@ def spots_to_map(
     sdata
         Object with a table that annotates circles of one size, or squares of one size along the grid.
     table_key
-        The table, with counts in ``X``.
+        The table.
     map_key
         Use the grid of this map.
     bin_um
@@ -224,6 +225,8 @@ def spots_to_map(
         The image that goes with ``bin_um``.
     genes
         Genes to draw, in this order; None for all.
+    layer
+        Layer of the table with the counts; None for ``X``.
     coordinate_system
         Where grid and spots meet. None: a micrometer one if there is one, else "global", else the first shared.
     mpp
@@ -240,13 +243,13 @@ def spots_to_map(
     - ``sdata.images[key_added]``: counts per bin, float32 ``(c, y, x)``. A bin of which one spot covers any part has the
       spot's counts, divided by its area in bins; a bin that several cover has the mean of theirs, weighted by the
       shares that they cover; any other bin is NaN.
-    - ``sdata.attrs["stgen"][key_added]``: ``"table_key"``, ``"unit"``, ``"bin_um"``, ``"n_spots"``, ``"function"``,
-      ``"version"``.
+    - ``sdata.attrs["stgen"][key_added]``: ``"table_key"``, ``"layer"``, ``"unit"``, ``"bin_um"``, ``"n_spots"``,
+      ``"function"``, ``"version"``.
 
     Raises
     ------
     KeyError
-        If an element, coordinate system or gene does not exist.
+        If an element, coordinate system, layer or gene does not exist.
     ValueError
         If the arguments do not name one grid, the locations are neither circles nor squares of one size, no spot lies on
         the grid, counts are negative or not finite, or the key exists.
@@ -278,7 +281,7 @@ def spots_to_map(
     if image_key is not None and mpp is None:
         mpp = get_section(sdata, table_key=table_key, image_key=image_key, coordinate_system=coordinate_system).mpp
     grid = Grid.of_map(sdata, map_key) if map_key else Grid.of_image(sdata, image_key, bin_um=bin_um, mpp=mpp)
-    spots = measurement_of(sdata, table_key, grid, names, coordinate_system=coordinate_system)
+    spots = measurement_of(sdata, table_key, grid, names, layer=layer, coordinate_system=coordinate_system)
 
     rows, share, area = _shares(spots, grid.height, grid.width)
     density = (spots.counts[rows] / area[:, None]).astype(np.float32)
@@ -300,7 +303,12 @@ def spots_to_map(
         overwrite=overwrite,
     )
     entry = provenance(
-        "pp.spots_to_map", table_key=table_key, unit="counts per bin", bin_um=grid.bin_um, n_spots=len(rows)
+        "pp.spots_to_map",
+        table_key=table_key,
+        layer=layer,
+        unit="counts per bin",
+        bin_um=grid.bin_um,
+        n_spots=len(rows),
     )
     record(sdata, key_added, entry)
     logger.info("Drew %d genes of %d spots: images[%r].", len(names), len(rows), key_added)

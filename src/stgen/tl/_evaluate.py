@@ -47,8 +47,8 @@ def evaluate(
         Map only: image with the true counts, on the same grid. Genes of both are scored, and bins that are NaN in
         either are left out.
     low_res
-        Map only: what the prediction was made from, a map of larger bins or the table of spots. Adds the residual of
-        measurement consistency.
+        Map only: what the prediction was made from, a map of larger bins or the table of spots (of which the layer is taken
+        that the prediction was made from). Adds the residual of measurement consistency.
     replicate_key
         Map only: image with counts of the same tissue that are independent of the truth, such as the other half of the
         molecules. Adds the noise ceiling, their correlation's square root, and what a perfect sample would score.

@@ -13,6 +13,7 @@ from xarray import DataArray
 
 from stgen import metrics
 from stgen._grid import Grid, get_map, map_counts_checked, measurement_of
+from stgen._results import recorded_layer
 from stgen.measurement import Measurement
 from stgen.tl._scores import Scores, gene_scores, summarize
 from stgen.transforms import TransformName, transform_counts, unit
@@ -39,7 +40,10 @@ def evaluate_maps(
     """:func:`stgen.tl.evaluate` where the prediction is an image of the object."""
     maps = _Maps.find(sdata, key, truth_key, replicate_key)
     scale = _Scale.checked(transform, gene_scale, maps.genes)
-    measurement = None if low_res is None else measurement_of(sdata, low_res, Grid.of_map(sdata, key), maps.genes)
+    measurement = None
+    if low_res is not None:
+        layer = recorded_layer(sdata, [key], low_res)
+        measurement = measurement_of(sdata, low_res, Grid.of_map(sdata, key), maps.genes, layer=layer)
 
     rows, moran = {}, {}
     known_of_all, n_constant = True, 0

@@ -59,7 +59,7 @@ def fit(
         For models of locations: the embedding in ``obsm``, by default the one that :func:`stgen.pp.embed` recorded; the
         table, needed only where there are several; the layer with the counts, by default ``X``. If
         ``f"{embedding_key}_views"`` is there too (dihedral views, ``(n, 8, D)``), models that train in steps draw a view
-        at random each time.
+        at random each time. For models of maps, ``layer`` is that of the tables that ``low_res`` names.
     map_key
         For models of maps: the fine map in ``sdata.images``, counts per bin of the model's ``bin_um``. Bins that are NaN
         are not trained on.
@@ -118,7 +118,7 @@ def fit(
         "map_key": map_key, "image_key": image_key, "low_res": low_res, "labels_key": labels_key, "prompt": prompt,
         "tile": tile,
     }  # fmt: skip
-    for_locations = {"embedding_key": embedding_key, "table_key": table_key, "layer": layer}
+    for_locations = {"embedding_key": embedding_key, "table_key": table_key}
     useless = [k for k, v in (for_locations if model.takes == "maps" else for_maps).items() if v is not None]
     if useless:
         raise ValueError(
@@ -126,7 +126,7 @@ def fit(
         )
     rng = np.random.default_rng(seed)
     if model.takes == "maps":
-        keys = MapKeys(map_key, image_key, low_res, labels_key, prompt)
+        keys = MapKeys(map_key, image_key, low_res, labels_key, prompt, layer)
         train, held_out, record = _maps(model, sections, keys, tile, validation, rng)
         n = f"{record['n_bins']} bins"
     else:

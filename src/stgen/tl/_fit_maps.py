@@ -31,6 +31,7 @@ class MapKeys(NamedTuple):
     low_res: str | Mapping[str, str] | None  # a mapping for sections of which some have none
     labels_key: str | None = None
     prompt: str | Mapping[str, str] | None = None  # a mapping for sections that differ
+    layer: str | None = None  # of the tables that low_res names
 
     def low_res_of(self, section: str) -> str | None:
         """The key of a section's low-resolution data; ``None`` to pool its fine map, an empty one for none at all."""
@@ -53,6 +54,10 @@ def gather_maps(
             "bin_um=...) makes one from molecules or cells."
         )
     check_uses(model, labels_key=keys.labels_key, prompt=keys.prompt)
+    if keys.layer is not None and not keys.low_res:
+        raise ValueError(
+            f"layer={keys.layer!r} is that of a table of spots, and none was named: pass low_res=<table in sdata.tables>."
+        )
     unnamed = [name for name in sections if keys.prompt_of(name) is None]
     if model.needs_text and isinstance(keys.prompt, Mapping) and unnamed:
         raise ValueError(f"`prompt` has no entry for {', '.join(map(repr, unnamed))}; each section needs one.")
@@ -65,6 +70,7 @@ def gather_maps(
         "map_key": keys.map_key,
         "image_key": keys.image_key,
         "low_res": dict(keys.low_res) if isinstance(keys.low_res, Mapping) else keys.low_res,
+        **({"layer": keys.layer} if keys.layer is not None else {}),
         **({"labels_key": keys.labels_key} if model.needs_labels else {}),
         **({"prompts": {prompt: vector.tolist() for prompt, vector in prompts.items()}} if model.needs_text else {}),
         **{k: v for k, v in provenance("tl.fit").items() if k == "version"},
@@ -136,7 +142,7 @@ def _section(
     if low_res is None:
         measurement = pooled(counts, tissue, config["factor"])
     elif low_res:
-        measurement = measurement_of(sdata, low_res, grid, model.genes)
+        measurement = measurement_of(sdata, low_res, grid, model.genes, layer=keys.layer)
         if measurement.shape == "square" and round(measurement.diameter) != config["factor"]:
             raise ValueError(
                 f"the bins of {low_res!r} of section {name!r} are {measurement.diameter:g} bins of the map wide and the "

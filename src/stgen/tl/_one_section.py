@@ -36,6 +36,7 @@ def superresolve_section(
     genes: Sequence[str] | None,
     *,
     low_res: str | None,
+    layer: str | None,
     bin_um: float | None,
     factor: int | None,
     like: str | None,
@@ -51,7 +52,9 @@ def superresolve_section(
     progress: bool,
 ) -> SpatialData | None:
     """What :func:`stgen.tl.superresolve` does with ``model=None``; its checks of names and paths have been made."""
-    section = MeasuredSection.of(sdata, image_key, low_res, genes, bin_um=bin_um, factor=factor, like=like, mpp=mpp)
+    section = MeasuredSection.of(
+        sdata, image_key, low_res, genes, layer=layer, bin_um=bin_um, factor=factor, like=like, mpp=mpp
+    )
     grid, spots, kept, genes = section.grid, section.spots, section.kept, section.genes
     if store is None:
         _check_memory(section, 1 + (n_samples > 1) + keep_samples * n_samples)
@@ -94,7 +97,7 @@ def superresolve_section(
         table = section.table(np.hstack(predicted), pd.concat(scores))
         n_trusted = int(table.var["trusted"].sum())
         entry = provenance(
-            "tl.superresolve", model="Kriging", image=image_key, low_res=section.low_res, like=like, genes=genes, unit="counts per bin",
+            "tl.superresolve", model="Kriging", image=image_key, low_res=section.low_res, layer=layer, like=like, genes=genes, unit="counts per bin",
             bin_um=grid.bin_um, n_samples=n_samples, consistency=consistency, tile=tiling.tile, seed=seed, n_spots=len(kept),
             n_spots_left_out=len(spots) - len(kept), n_trusted=n_trusted, **model.summary(spots.pitch * grid.bin_um),
         )  # fmt: skip

@@ -42,6 +42,8 @@ class MeasuredSection:
     sdata: SpatialData
     image_key: str | None
     low_res: str
+    layer: str | None
+    """Of the table, with the counts."""
     genes: list[str]
     """Which to make maps of."""
     grid: Grid
@@ -60,6 +62,7 @@ class MeasuredSection:
         low_res: str | None,
         genes: Sequence[str] | None,
         *,
+        layer: str | None,
         bin_um: float | None,
         factor: int | None,
         like: str | None,
@@ -73,20 +76,20 @@ class MeasuredSection:
         if low_res in sdata.tables:
             _check_enough(sdata.tables[low_res].n_obs, f"{sdata.tables[low_res].n_obs} in {low_res!r}")
         grid = _grid(sdata, image_key, low_res, bin_um=bin_um, factor=factor, like=like, mpp=mpp)
-        spots = measurement_of(sdata, low_res, grid, genes[:1])
+        spots = measurement_of(sdata, low_res, grid, genes[:1], layer=layer)
         if spots.diameter < 0.999:
             raise ValueError(
                 f"the bins of {like!r} are {grid.bin_um:.4g} µm, larger than the spots of {low_res!r} ({spots.diameter * grid.bin_um:.4g} "
                 "µm). Name a finer map as like=, or leave it out."
             )
         _check_apart(spots, low_res)
-        total = _total(sdata, low_res, grid)
+        total = _total(sdata, low_res, layer, grid)
         kept = _usable(sdata, image_key, grid, spots, total, low_res)
-        return cls(sdata, image_key, low_res, genes, grid, spots, total, kept)
+        return cls(sdata, image_key, low_res, layer, genes, grid, spots, total, kept)
 
     def measured(self, genes: list[str]) -> Measurement:
         """All spots with the counts of some genes."""
-        return measurement_of(self.sdata, self.low_res, self.grid, genes)
+        return measurement_of(self.sdata, self.low_res, self.grid, genes, layer=self.layer)
 
     def most_variable(self) -> np.ndarray:
         """Counts of the genes whose composition varies most, in the spots to learn from, shape ``(n, K)``."""
@@ -249,7 +252,7 @@ def _check_apart(spots: Measurement, low_res: str) -> None:
         )
 
 
-def _total(sdata: SpatialData, low_res: str, grid: Grid) -> np.ndarray:
+def _total(sdata: SpatialData, low_res: str, layer: str | None, grid: Grid) -> np.ndarray:
     """Counts of each spot over all genes."""
     if low_res in sdata.images:
         low = get_map(sdata, low_res)
@@ -259,7 +262,7 @@ def _total(sdata: SpatialData, low_res: str, grid: Grid) -> np.ndarray:
                 f"in some bins of {low_res!r}, some genes are NaN and others are not; make them all NaN, or none."
             )
         return measurement_of(sdata, low_res, grid, _names(sdata, low_res)).counts.sum(1).astype(float)
-    return np.asarray(get_counts(sdata.tables[low_res], dense=False).sum(1), float).ravel()
+    return np.asarray(get_counts(sdata.tables[low_res], layer=layer, dense=False).sum(1), float).ravel()
 
 
 def _usable(

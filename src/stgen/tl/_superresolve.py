@@ -38,6 +38,7 @@ def superresolve(
     *,
     model: Model | str | Path | None = None,
     low_res: str | None = None,
+    layer: str | None = None,
     labels_key: str | None = None,
     prompt: str | None = None,
     bin_um: float | None = None,
@@ -87,6 +88,8 @@ def superresolve(
         The low-resolution data: a map in ``sdata.images`` whose bins are whole multiples of the result's
         (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots. Without a model, by default the only
         table; at least 30 spots, all genes of which make up the total that shares refer to.
+    layer
+        The layer of that table with the counts; ``X`` by default.
     labels_key
         For models that look at nuclei: their mask in ``sdata.labels``, as :func:`stgen.pp.segment_nuclei` makes it.
     prompt
@@ -164,7 +167,7 @@ def superresolve(
     Raises
     ------
     KeyError
-        If an image, the low-resolution data, a mask or a gene is missing.
+        If an image, the low-resolution data, a layer, a mask or a gene is missing.
     TypeError
         If an element is of the wrong kind.
     ImportError, FileNotFoundError
@@ -206,7 +209,7 @@ def superresolve(
         inputs = [key for key in (image_key, low_res, like) if key is not None]
         check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
         return superresolve_section(
-            sdata, image_key, genes, low_res=low_res, bin_um=bin_um, factor=factor, like=like, n_samples=n_samples,
+            sdata, image_key, genes, low_res=low_res, layer=layer, bin_um=bin_um, factor=factor, like=like, n_samples=n_samples,
             consistency=bool(consistency), key_added=key_added, keep_samples=keep_samples, tile=tile, seed=seed,
             store=check_store(sdata, store, key_added, overwrite=overwrite, copy=copy), mpp=mpp, copy=copy, progress=progress,
         )  # fmt: skip
@@ -215,6 +218,10 @@ def superresolve(
     model.check_sampling(steps, solver)
     genes = _genes(model, genes)
     check_uses(model, labels_key=labels_key, prompt=prompt)
+    if layer is not None and low_res is None:
+        raise ValueError(
+            f"layer={layer!r} is that of a table of spots, and none was named: pass low_res=<table in sdata.tables>."
+        )
     prompt, text = _text(model, prompt)
     inputs = [key for key in (image_key, low_res, like) if key is not None]
     check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
@@ -222,7 +229,7 @@ def superresolve(
 
     grid, image_key = _grid(sdata, model, image_key, low_res, bin_um=bin_um, factor=factor, like=like, mpp=mpp)
     image = _image(sdata, model, grid, image_key)
-    measurement = None if low_res is None else measurement_of(sdata, low_res, grid, model.genes)
+    measurement = None if low_res is None else measurement_of(sdata, low_res, grid, model.genes, layer=layer)
     _check_factor(model, low_res, measurement)
     labels = None
     if model.needs_labels:
@@ -236,7 +243,7 @@ def superresolve(
     target = shallow_copy(sdata) if copy else sdata
     entry = provenance(
         "tl.superresolve", model=type(model).__name__, weights_sha256=model.weights_sha256(),
-        fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, like=like, genes=genes, unit="counts per bin",
+        fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, layer=layer, like=like, genes=genes, unit="counts per bin",
         bin_um=grid.bin_um, n_samples=n_samples, steps=steps if model.stochastic else None,
         solver=solver if model.stochastic else None, consistency=consistency, tile=tiling.tile, seed=seed,
         **({"labels": labels_key} if model.needs_labels else {}), **({"prompt": prompt} if model.needs_text else {}),
