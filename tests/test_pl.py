@@ -346,6 +346,7 @@ def test_maps_beside_spots_draw_counts_per_bin(section: SpatialData) -> None:
     np.testing.assert_allclose(discs(ax).get_array(), np.array([20, 40, 60]) / area, rtol=1e-6)
     np.testing.assert_allclose(discs(ax).get_offsets(), [[230, 130], [290, 130], [330, 180]])
     np.testing.assert_allclose(discs(ax).get_widths(), 40)
+    assert ax.get_title() == "measured\n40 µm spots ÷ 12.6"
 
 
 def test_maps_beside_spots_draw_the_layer_that_they_were_made_from(section: SpatialData) -> None:
@@ -353,7 +354,6 @@ def test_maps_beside_spots_draw_the_layer_that_they_were_made_from(section: Spat
     section.attrs["stgen"] = {"result": {"low_res": "spot_counts", "layer": "counts"}}
     ax = pl.maps(section, "B", keys="result", low_res="spot_counts")[0, 0]
     np.testing.assert_allclose(discs(ax).get_array(), np.array([40, 80, 120]) / (np.pi * 2**2), rtol=1e-6)
-    assert ax.get_title() == "measured\n40 µm spots ÷ 12.6"
 
 
 def test_maps_over_an_image(section: SpatialData) -> None:

@@ -65,7 +65,7 @@ def maps(
         by side and share their colors.
     low_res
         Maps only: what was measured at low resolution, a map of larger bins or a table of spots. Of a table, the layer is
-        drawn that ``keys`` were made from, ``X`` if they say nothing else.
+        drawn that :func:`stgen.tl.superresolve` made ``keys`` from, ``X`` by default.
     truth_key
         Maps only: map of the true counts.
     panels

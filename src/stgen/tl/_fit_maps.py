@@ -53,11 +53,7 @@ def gather_maps(
             f"{type(model).__name__} is fitted on maps: pass map_key=<fine map in sdata.images>. stgen.pp.rasterize(sdata, "
             "bin_um=...) makes one from molecules or cells."
         )
-    check_uses(model, labels_key=keys.labels_key, prompt=keys.prompt)
-    if keys.layer is not None and not keys.low_res:
-        raise ValueError(
-            f"layer={keys.layer!r} is that of a table of spots, and none was named: pass low_res=<table in sdata.tables>."
-        )
+    check_uses(model, labels_key=keys.labels_key, prompt=keys.prompt, low_res=keys.low_res, layer=keys.layer)
     unnamed = [name for name in sections if keys.prompt_of(name) is None]
     if model.needs_text and isinstance(keys.prompt, Mapping) and unnamed:
         raise ValueError(f"`prompt` has no entry for {', '.join(map(repr, unnamed))}; each section needs one.")
@@ -78,7 +74,14 @@ def gather_maps(
     return gathered, record
 
 
-def check_uses(model: MapModel, *, labels_key: str | None, prompt: str | Mapping[str, str] | None) -> None:
+def check_uses(
+    model: MapModel,
+    *,
+    labels_key: str | None,
+    prompt: str | Mapping[str, str] | None,
+    low_res: str | Mapping[str, str] | None,
+    layer: str | None,
+) -> None:
     """Refuse what the model has no use for, and the lack of what it needs."""
     name = type(model).__name__
     if labels_key is not None and not model.needs_labels:
@@ -92,6 +95,10 @@ def check_uses(model: MapModel, *, labels_key: str | None, prompt: str | Mapping
         raise ValueError(
             f"this {name} takes no text; leave `prompt` out, or construct a model that takes one: HaDMST(..., "
             'text_encoder="hashed").'
+        )
+    if layer is not None and not low_res:
+        raise ValueError(
+            f"layer={layer!r} is that of a table of spots, and none was named: pass low_res=<table in sdata.tables>."
         )
 
 

@@ -217,11 +217,7 @@ def superresolve(
     model = _model_for_maps(model)
     model.check_sampling(steps, solver)
     genes = _genes(model, genes)
-    check_uses(model, labels_key=labels_key, prompt=prompt)
-    if layer is not None and low_res is None:
-        raise ValueError(
-            f"layer={layer!r} is that of a table of spots, and none was named: pass low_res=<table in sdata.tables>."
-        )
+    check_uses(model, labels_key=labels_key, prompt=prompt, low_res=low_res, layer=layer)
     prompt, text = _text(model, prompt)
     inputs = [key for key in (image_key, low_res, like) if key is not None]
     check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
