@@ -31,7 +31,8 @@ from spatialdata.transformations import get_transformation
 
 import stgen
 from stgen import datasets, pp, tl
-from stgen._grid import Grid, measurement_of
+from stgen._grid import Grid
+from stgen._measured import measurement_of
 from stgen.kriging import NOISE, matern
 
 RESULTS = Path(__file__).parent / "results"

@@ -14,8 +14,9 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import Identity, Scale, Translation, get_transformation, set_transformation
 
 from stgen import models, pp, tl
-from stgen._grid import Grid, measurement_of
+from stgen._grid import Grid
 from stgen._io import shallow_copy, write_image
+from stgen._measured import measurement_of
 from stgen.data import MapData, MapSection
 from stgen.measurement import Measurement
 from stgen.models import C3Diff, DiffST, Interpolate, PixelProbe, RegressionUNet, Stem

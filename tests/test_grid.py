@@ -12,7 +12,8 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, PointsModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 
-from stgen._grid import Grid, get_map, map_counts_checked, measurement_of
+from stgen._grid import Grid, get_map, map_counts_checked
+from stgen._measured import measurement_of
 from stgen._results import write_image, write_table
 
 XY = ("x", "y")

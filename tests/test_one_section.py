@@ -17,8 +17,9 @@ from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Identity, Scale, Translation, get_transformation
 
 from stgen import datasets, models, pl, pp
-from stgen._grid import Grid, measurement_of
+from stgen._grid import Grid
 from stgen._io import get_section, shallow_copy
+from stgen._measured import measurement_of
 from stgen.kriging import Places
 from stgen.tl import _one_section, _section_input
 from stgen.tl._section_model import SectionModel, components

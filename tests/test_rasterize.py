@@ -13,8 +13,9 @@ from spatialdata.models import PointsModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
 
 import stgen
-from stgen._grid import Grid, get_map, measurement_of
+from stgen._grid import Grid, get_map
 from stgen._io import find_image
+from stgen._measured import measurement_of
 from stgen._results import write_image, write_table
 
 XY = ("x", "y")

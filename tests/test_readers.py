@@ -25,8 +25,9 @@ from spatialdata.models import ShapesModel
 from spatialdata.transformations import Identity, get_transformation
 
 from stgen import datasets, metrics, models, pp, tl
-from stgen._grid import Grid, measurement_of
+from stgen._grid import Grid
 from stgen._io import get_section, shallow_copy
+from stgen._measured import measurement_of
 
 spec = importlib.util.spec_from_file_location("tenx", Path(__file__).with_name("tenx.py"))
 tenx = importlib.util.module_from_spec(spec)

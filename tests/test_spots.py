@@ -14,8 +14,9 @@ from spatialdata.models import PointsModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
 
 import stgen
-from stgen._grid import Grid, measurement_of
+from stgen._grid import Grid
 from stgen._io import get_section
+from stgen._measured import measurement_of
 from stgen._platforms import spot_pitch
 from stgen._results import write_image, write_table
 

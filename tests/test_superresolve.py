@@ -13,8 +13,9 @@ from spatialdata.transformations import Sequence as Chain
 from torch import nn
 
 from stgen import models, pp, tl
-from stgen._grid import Grid, measurement_of
+from stgen._grid import Grid
 from stgen._io import provenance, record, shallow_copy, write_image
+from stgen._measured import measurement_of
 from stgen.diffusion import Diffusion
 from stgen.models._maps import MapDiffusionModel
 from stgen.tl import _windows

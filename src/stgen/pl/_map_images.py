@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from spatialdata import SpatialData
 
-from stgen._grid import Grid, get_map, measurement_of
+from stgen._grid import Grid, get_map
 from stgen._image import Histology, affine_to, element_of, image_levels
 from stgen._io import _region, _shared_system
+from stgen._measured import measurement_of
 from stgen._results import recorded_layer
 from stgen.pl._panels import (
     Column,

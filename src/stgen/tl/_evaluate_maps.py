@@ -12,7 +12,8 @@ from spatialdata import SpatialData
 from xarray import DataArray
 
 from stgen import metrics
-from stgen._grid import Grid, get_map, map_counts_checked, measurement_of
+from stgen._grid import Grid, get_map, map_counts_checked
+from stgen._measured import measurement_of
 from stgen._results import recorded_layer
 from stgen.measurement import Measurement
 from stgen.tl._scores import Scores, gene_scores, summarize

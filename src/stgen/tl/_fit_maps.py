@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from spatialdata import SpatialData
 
-from stgen._grid import Grid, get_map, map_counts_checked, measurement_of
+from stgen._grid import Grid, get_map, map_counts_checked
 from stgen._io import find_image, provenance
 from stgen._labels import labels_window
+from stgen._measured import measurement_of
 from stgen.data import MapData, MapSection
 from stgen.measurement import Measurement
 from stgen.models import MapModel

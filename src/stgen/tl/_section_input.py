@@ -13,9 +13,10 @@ from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 from stgen._features import bin_features
-from stgen._grid import Grid, apply_affine, check_positive, get_map, measurement_of
+from stgen._grid import Grid, apply_affine, check_positive, get_map
 from stgen._image import image_levels
 from stgen._io import _region, get_counts, get_section, only_key
+from stgen._measured import measurement_of
 from stgen._platforms import spot_pitch
 from stgen.kriging import Places
 from stgen.measurement import Measurement

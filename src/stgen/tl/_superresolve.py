@@ -12,9 +12,10 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stgen import models
-from stgen._grid import Grid, ImageWindow, get_map, measurement_of
+from stgen._grid import Grid, ImageWindow, get_map
 from stgen._io import find_image, get_section, provenance, shallow_copy
 from stgen._labels import labels_window
+from stgen._measured import measurement_of
 from stgen.measurement import Measurement
 from stgen.models import Model
 from stgen.models._text import check_prompt
