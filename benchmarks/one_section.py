@@ -31,8 +31,8 @@ from spatialdata.transformations import get_transformation
 
 import stgen
 from stgen import datasets, pp, tl
-from stgen._grid import Grid
-from stgen._measured import measurement_of
+from stgen._spatial.grid import Grid
+from stgen._spatial.measured import measurement_of
 from stgen.kriging import NOISE, matern
 
 RESULTS = Path(__file__).parent / "results"
@@ -272,7 +272,7 @@ def truth(*, shuffled: bool = False) -> None:
 
 def simple_maps(sdata: sd.SpatialData, grid: Grid, spots: object, low: int, high: int) -> dict[str, np.ndarray]:
     """Kriging, probe, and kriging of the probe's errors, on the features that the model without a model sees."""
-    from stgen.tl._section_input import MeasuredSection
+    from stgen.tl.superresolution.section_input import MeasuredSection
 
     section = MeasuredSection.of(
         sdata, "stains", "spots_counts", None, bin_um=None, factor=None, like="true_map", mpp=None

@@ -6,25 +6,11 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["HASHED_DIM", "check_prompt", "embed_text"]
+from stgen._checks import check_prompt
+
+__all__ = ["HASHED_DIM", "embed_text"]
 
 HASHED_DIM = 256
-
-
-def check_prompt(prompt: object) -> str:
-    """A prompt without spaces around it.
-
-    Raises
-    ------
-    ValueError
-        If it is not text, or empty.
-    """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(
-            f'`prompt` must say in a few words what the image shows, such as "H&E of invasive ductal carcinoma of the '
-            f'breast"; found {prompt!r}.'
-        )
-    return prompt.strip()
 
 
 def embed_text(text: str, encoder: str, dim: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 
 from stgen.metrics import coverage
 from stgen.pl._colors import SERIES
-from stgen.tl._compared import Values, find_compared
+from stgen.tl.comparison.compared import Values, find_compared
 from stgen.transforms import TransformName
 
 __all__ = ["calibration"]

@@ -17,8 +17,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from spatialdata import SpatialData
 from xarray import DataArray
 
-from stgen._image import Histology, affine_to, element_of, image_levels, is_micrometers
-from stgen._io import _shared_system, get_section, get_table
+from stgen._spatial.image import Histology, affine_to, element_of, image_levels, is_micrometers
+from stgen._spatial.section import get_section, get_table, shared_system
 from stgen.pl._colors import CATEGORIES, GRAY
 from stgen.pl._map_tables import place_of
 from stgen.pl._panels import (
@@ -279,7 +279,7 @@ def _place_masks(sdata: SpatialData, keys: list[str], system: str | None, image_
     if image_key is not None and image_key not in sdata.images:
         raise KeyError(f"there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
     names = [*keys, *([] if image_key is None else [image_key])]
-    system = _shared_system(names, [element_of(sdata, name) for name in names], system)
+    system = shared_system(names, [element_of(sdata, name) for name in names], system)
     columns, corners = {}, []
     for key in keys:
         height, width = sdata.labels[key].shape

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
 from stgen.pl._colors import BLUE, GREEN, ORANGE
-from stgen.tl._compared import Compared, find_compared
+from stgen.tl.comparison.compared import Compared, find_compared
 from stgen.transforms import TransformName
 
 __all__ = ["gene_variation"]

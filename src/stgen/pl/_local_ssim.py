@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
-from stgen._grid import Grid
+from stgen._spatial.grid import Grid
 from stgen.metrics import ssim_map
 from stgen.pl._map_images import _window
 from stgen.pl._panels import Column, Picture, Pixels, _color_bar, checked_axes, new_axes, scale_bar
-from stgen.tl._compared import find_compared
+from stgen.tl.comparison.compared import find_compared
 from stgen.transforms import TransformName
 
 __all__ = ["local_ssim"]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from spatialdata import SpatialData
 
-from stgen._grid import Grid, get_map
-from stgen._image import Histology, affine_to, element_of, image_levels
-from stgen._io import _region, _shared_system
-from stgen._measured import measurement_of
-from stgen._results import recorded_layer
+from stgen._spatial.grid import Grid, get_map
+from stgen._spatial.image import Histology, affine_to, element_of, image_levels
+from stgen._spatial.measured import measurement_of
+from stgen._spatial.records import recorded_layer
+from stgen._spatial.section import annotated_region, shared_system
 from stgen.pl._panels import (
     Column,
     Discs,
@@ -26,8 +26,8 @@ from stgen.pl._panels import (
     placed,
     sketch,
 )
-from stgen.tl._evaluate_maps import check_same_grid
-from stgen.tl._result import TABLE
+from stgen.tl.evaluation.maps import check_same_grid
+from stgen.tl.superresolution.result import TABLE
 
 __all__ = ["picture_of_maps"]
 
@@ -55,9 +55,9 @@ def picture_of_maps(
     extra = [f"{key}_std" if panel == "spread" else truth_key for panel, key in shown if panel in ("spread", "error")]
     for key in [*keys, *counted, *extra]:
         get_map(sdata, key, genes)
-    region = None if spots is None else _region(sdata, sdata.tables[spots], spots, None)[0]
+    region = None if spots is None else annotated_region(sdata, sdata.tables[spots], spots, None)[0]
     placed_elements = [name for name in (*(counted or keys), image_key, region) if name is not None]
-    system = _shared_system(placed_elements, [element_of(sdata, name) for name in placed_elements], coordinate_system)
+    system = shared_system(placed_elements, [element_of(sdata, name) for name in placed_elements], coordinate_system)
 
     grids = {key: Grid.of_map(sdata, key) for key in (counted or keys)}
     fine = min(grids.values(), key=lambda grid: grid.bin_um)

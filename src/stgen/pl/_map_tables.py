@@ -9,11 +9,11 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from stgen._io import Section, get_section, get_table
-from stgen._platforms import spot_pitch
+from stgen._spatial.platforms import spot_pitch
+from stgen._spatial.section import Section, get_section, get_table
+from stgen._spatial.tables import expression, predictions_of
 from stgen.metrics import pcc
 from stgen.pl._panels import Column, Discs, Picture, Scale, check_panels, checked_axes, fine_enough, placed, sketch
-from stgen.tl._inputs import expression, predictions_of
 
 __all__ = ["picture_of_table", "place_of"]
 

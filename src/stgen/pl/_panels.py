@@ -15,7 +15,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.colors import Normalize
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
-from stgen._image import Histology
+from stgen._spatial.image import Histology
 
 __all__ = [
     "Column",

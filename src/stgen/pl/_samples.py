@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
 from stgen.pl._colors import BLUE, GREEN, PURPLE, SKY, VERMILION
-from stgen.tl._compared import find_compared
-from stgen.tl._predict import STATISTICS
+from stgen.tl.comparison.compared import find_compared
+from stgen.tl.prediction.predict import STATISTICS
 from stgen.transforms import TransformName
 
 __all__ = ["samples"]

@@ -11,17 +11,17 @@ from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
-from stgen._image import Histology
-from stgen._io import Section, get_section
-from stgen._platforms import spot_pitch
+from stgen._spatial.image import Histology
+from stgen._spatial.platforms import spot_pitch
+from stgen._spatial.section import Section, get_section
+from stgen._spatial.tissue import tissue_mask
 
-__all__ = ["AlignmentReport", "check_alignment", "check_section", "tissue_mask"]
+__all__ = ["AlignmentReport", "check_alignment", "check_section"]
 
 logger = logging.getLogger("stgen")
 
 _MPP_RANGE = (0.02, 100.0)
 _SIDE_UM_RANGE = (20.0, 2e5)
-_MASK_PX = 512
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,35 +135,6 @@ def check_alignment(
             report.mpp,
         )
     return report
-
-
-def tissue_mask(image: Histology, *, mpp: float | None = None) -> tuple[np.ndarray, float]:
-    """A coarse mask of the tissue.
-
-    Three channels are read as a transmitted-light image, where tissue is darker than the glass; other images as
-    fluorescence, where it is brighter. The threshold is Otsu's, kept within what tissue can be.
-
-    Returns
-    -------
-    Boolean mask ``(h, w)``, and its size in finest-level pixels per mask pixel.
-    """
-    from scipy import ndimage
-    from skimage.filters import threshold_otsu
-
-    longest = max(image.height, image.width)
-    mpp = max(image.mpp, image.mpp * longest / _MASK_PX) if mpp is None else mpp
-    thumbnail = image.thumbnail(mpp=mpp)
-    if image.n_channels == 3:
-        # the darkest channel: pale eosin absorbs green only
-        signal = -np.log(np.clip(thumbnail.min(0), 1 / 255, 1))
-        low, high = 0.08, 0.35
-    else:
-        signal = thumbnail.mean(0)
-        signal = signal / max(float(np.quantile(signal, 0.995)), 1e-6)
-        low, high = 0.05, 0.2
-    signal = ndimage.gaussian_filter(signal, 1.0)
-    threshold = threshold_otsu(signal) if np.ptp(signal) > 1e-6 else low
-    return signal > np.clip(threshold, low, high), longest / max(thumbnail.shape[1:])
 
 
 def known_scales(data: SpatialData | AnnData) -> list[float]:

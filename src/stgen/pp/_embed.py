@@ -12,7 +12,8 @@ from spatialdata import SpatialData
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stgen._io import Section, check_new_key, get_section, get_table, provenance, record, shallow_copy
+from stgen._spatial.records import check_new_key, provenance, record, shallow_copy
+from stgen._spatial.section import Section, get_section, get_table
 from stgen.data import dihedral
 from stgen.pp._alignment import check_section, known_scales
 from stgen.pp._encoders import Encoder, get_encoders, name_of

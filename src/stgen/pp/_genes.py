@@ -12,7 +12,9 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-from stgen._io import get_counts, get_table, provenance, record
+from stgen._spatial.counts import get_counts
+from stgen._spatial.records import provenance, record
+from stgen._spatial.section import get_table
 from stgen.transforms import TARGET_SUM
 
 __all__ = ["select_genes"]

@@ -8,9 +8,8 @@ import numpy as np
 from spatialdata import SpatialData
 from spatialdata.transformations import Affine, Sequence, get_transformation, set_transformation
 
-from stgen._grid import check_positive
-from stgen._image import affine_to, is_micrometers
-from stgen._io import _listed
+from stgen._checks import check_positive, listed
+from stgen._spatial.image import affine_to, is_micrometers
 from stgen.pp._rasterize import check_sdata
 
 __all__ = ["name_micrometers"]
@@ -79,12 +78,12 @@ def name_micrometers(
     shared = [name for name in elements if coordinate_system in systems[name]]
     if not shared:
         raise KeyError(
-            f"no element is in the coordinate system {coordinate_system!r}; found {_listed(sdata.coordinate_systems)}"
+            f"no element is in the coordinate system {coordinate_system!r}; found {listed(sdata.coordinate_systems)}"
         )
     taken = [name for name in shared if key_added in systems[name]]
     if taken:
         raise ValueError(
-            f"{_listed(taken)} have a transformation to {key_added!r} already; pass another key_added=, or remove it: "
+            f"{listed(taken)} have a transformation to {key_added!r} already; pass another key_added=, or remove it: "
             "spatialdata.transformations.remove_transformation(element, key_added)."
         )
     if points_key is None:
@@ -92,11 +91,11 @@ def name_micrometers(
         um_per_unit, to_um = float(mpp), np.diag([mpp, mpp, 1.0])
     else:
         if points_key not in sdata.points:
-            raise KeyError(f"no points {points_key!r}; sdata.points has {_listed(sdata.points)}")
+            raise KeyError(f"no points {points_key!r}; sdata.points has {listed(sdata.points)}")
         if points_key not in shared:
             raise KeyError(
                 f"the points {points_key!r} are not in the coordinate system {coordinate_system!r}; they are in "
-                f"{_listed(systems[points_key])}"
+                f"{listed(systems[points_key])}"
             )
         matrix, scale = affine_to(sdata.points[points_key], coordinate_system)
         um_per_unit, to_um = 1 / scale, np.linalg.inv(matrix)
@@ -108,5 +107,5 @@ def name_micrometers(
         coordinate_system,
         um_per_unit,
         key_added,
-        _listed(shared),
+        listed(shared),
     )

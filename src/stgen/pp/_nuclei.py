@@ -23,8 +23,11 @@ from spatialdata.models import Labels2DModel
 from spatialdata.transformations import get_transformation
 from tqdm.auto import tqdm
 
-from stgen._io import Histology, _listed, find_image, image_of, provenance, record
-from stgen.pp._alignment import tissue_mask
+from stgen._checks import listed
+from stgen._spatial.image import Histology, image_of
+from stgen._spatial.records import provenance, record
+from stgen._spatial.section import find_image
+from stgen._spatial.tissue import tissue_mask
 from stgen.pp._rasterize import check_free_key, check_sdata
 from stgen.train import check_device
 
@@ -153,7 +156,7 @@ def segment_nuclei(
     elif image.n_channels != 3:
         raise ValueError(
             f"method={method!r} reads H&E, which has three channels; the image {image_key!r} has {image.n_channels}: "
-            f"{_listed(image.channels)}. For fluorescence, name the nuclear one: channel=<one of them>."
+            f"{listed(image.channels)}. For fluorescence, name the nuclear one: channel=<one of them>."
         )
     if method == "hematoxylin":
         finder = _stained(image, threshold, int(tile_px), area_px)
@@ -204,7 +207,7 @@ def _one_channel(image: Histology, image_key: str, channel: str | int) -> Histol
     by_number = isinstance(channel, int | np.integer) and not isinstance(channel, bool)
     if channel not in (range(image.n_channels) if by_number else image.channels):
         raise KeyError(
-            f"The image {image_key!r} has no channel {channel!r}; found {_listed(image.channels)}. Pass channel=<one of "
+            f"The image {image_key!r} has no channel {channel!r}; found {listed(image.channels)}. Pass channel=<one of "
             "them, or its number from 0>."
         )
     i = channel if by_number else image.channels.index(channel)

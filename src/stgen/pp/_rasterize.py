@@ -18,20 +18,13 @@ from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine, BaseTransformation, Scale, Translation, get_transformation
 from spatialdata.transformations import Sequence as Chain
 
-from stgen._grid import Grid, apply_affine, check_positive, get_map, map_counts_checked, scaled
-from stgen._image import affine_to, is_micrometers, micrometers_per_unit
-from stgen._io import (
-    _listed,
-    _region,
-    check_new_key,
-    get_counts,
-    get_section,
-    only_key,
-    provenance,
-    record,
-    write_image,
-)
-from stgen._platforms import um_per_unit_of_bins
+from stgen._checks import check_positive, listed, only_key
+from stgen._spatial.counts import get_counts
+from stgen._spatial.grid import Grid, apply_affine, get_map, map_counts_checked, scaled
+from stgen._spatial.image import affine_to, is_micrometers, micrometers_per_unit
+from stgen._spatial.platforms import um_per_unit_of_bins
+from stgen._spatial.records import check_new_key, provenance, record, write_image
+from stgen._spatial.section import annotated_region, get_section
 
 __all__ = ["degrade", "rasterize"]
 
@@ -141,7 +134,7 @@ def rasterize(
         locations, batches = frame.molecules(molecules)
     else:
         only_key(sdata.tables, table_key, argument="table_key", what="table")
-        source, (region, _) = table_key, _region(sdata, sdata.tables[table_key], table_key, None)
+        source, (region, _) = table_key, annotated_region(sdata, sdata.tables[table_key], table_key, None)
         element, names = sdata[region], genes_of(genes, sdata.tables[table_key].var_names, f"the table {table_key!r}")
         frame = Frame.of(element, region, coordinate_system, mpp)
         locations, batches = frame.instances(sdata, table_key, names, layer)
@@ -315,7 +308,7 @@ class Molecules:
         """The molecules of ``genes``, checked; None for all names."""
         if points_key is None and not sdata.points and sdata.tables:
             raise KeyError(
-                f"The object has no points. Pass table_key=<one of {_listed(sdata.tables)}> to count a table."
+                f"The object has no points. Pass table_key=<one of {listed(sdata.tables)}> to count a table."
             )
         results = sdata.attrs.get("stgen", {}) if points_key is None else {}
         keys = [key for key in sdata.points if key not in results]
@@ -366,7 +359,7 @@ def _gene_column(points: Any, key: str, wanted: str | None) -> str:
             f"no column {wanted!r}" if wanted is not None else "no feature key, and no column 'gene' or 'feature_name'"
         )
         raise KeyError(
-            f"The points {key!r} have {what}; found {_listed(points.columns, 10)}. Pass gene_column=<one of them>."
+            f"The points {key!r} have {what}; found {listed(points.columns, 10)}. Pass gene_column=<one of them>."
         )
     return column
 
@@ -389,7 +382,7 @@ class Frame:
             micrometers = [name for name in systems if is_micrometers(name)]
             coordinate_system = (micrometers or [name for name in systems if name == "global"] or systems)[0]
         elif coordinate_system not in systems:
-            raise KeyError(f"{key!r} is not in the coordinate system {coordinate_system!r}; found {_listed(systems)}.")
+            raise KeyError(f"{key!r} is not in the coordinate system {coordinate_system!r}; found {listed(systems)}.")
         matrix, scale = affine_to(element, coordinate_system)
         if mpp is not None:
             check_positive("mpp", mpp)
@@ -398,7 +391,7 @@ class Frame:
         if unit is None:
             raise ValueError(
                 f"The µm per unit of the coordinate system {coordinate_system!r} are not known: none of {key!r} "
-                f'({_listed(systems)}) is named micrometers. Pass mpp=<µm per unit> (0.2125 for "global" of a Xenium '
+                f'({listed(systems)}) is named micrometers. Pass mpp=<µm per unit> (0.2125 for "global" of a Xenium '
                 "section), or add a micrometer coordinate system: stgen.pp.name_micrometers(...)."
             )
         return cls(coordinate_system, float(unit), np.diag([unit, unit, 1.0]) @ matrix)
@@ -525,12 +518,12 @@ def genes_of(genes: Sequence[str] | None, known: Sequence[str], where: str) -> l
         raise TypeError(f"`genes` must be a list of names, found a string; pass genes=[{genes!r}].")
     genes = list(genes)
     if not genes or len(set(genes)) < len(genes):
-        raise ValueError(f"`genes` must be names without repetition, at least one; found {_listed(genes)}.")
+        raise ValueError(f"`genes` must be names without repetition, at least one; found {listed(genes)}.")
     missing = [gene for gene in genes if gene not in set(known)]
     if missing:
         raise KeyError(
-            f"{len(missing)} of {len(genes)} genes are not in {where} ({_listed(missing)}); its names look like "
-            f"{_listed(known[:3])}."
+            f"{len(missing)} of {len(genes)} genes are not in {where} ({listed(missing)}); its names look like "
+            f"{listed(known[:3])}."
         )
     return genes
 

@@ -18,9 +18,11 @@ from spatialdata import SpatialData
 from spatialdata.models import PointsModel
 from spatialdata.transformations import get_transformation
 
-from stgen._grid import Grid, check_positive, get_map, map_counts_checked
-from stgen._io import get_section, get_table, only_key, provenance, record, write_circles, write_image, write_table
-from stgen._measured import measurement_of
+from stgen._checks import check_positive, only_key
+from stgen._spatial.grid import Grid, get_map, map_counts_checked
+from stgen._spatial.measured import measurement_of
+from stgen._spatial.records import provenance, record, write_circles, write_image, write_table
+from stgen._spatial.section import get_section, get_table
 from stgen.measurement import Measurement
 from stgen.pp._rasterize import Frame, Molecules, check_free_key, check_sdata, extent, genes_of, lazy_map
 from stgen.pp._tiles import _planar

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stgen.features import FLOOR, NUCLEUS_CONTRAST, NUCLEUS_UM, STAINS
+
 __all__ = ["NUCLEI_UP_TO_UM", "TEXTURE_PX", "TEXTURE_UM", "texture_features"]
 
 TEXTURE_UM = (128.0, 256.0, 512.0, 1024.0)
@@ -19,12 +21,6 @@ NUCLEI_UP_TO_UM = 256.0
 """Nuclei are looked for in patches up to this wide: 2 µm per pixel, a few pixels per nucleus."""
 
 _SIGMAS = (0.7, 1.4)  # pixels; the next octave is that of the next patch
-_FLOOR = 0.01  # added before a logarithm is taken
-_NUCLEUS_UM = 2.0  # standard deviation of a Gaussian that fits a nucleus
-_NUCLEUS_CONTRAST = 0.04  # difference-of-Gaussians response, in optical density, that counts as a nucleus
-
-# optical densities of hematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston, 2001)
-_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
 def texture_features(patches: Tensor, *, mpp: float) -> Tensor:
@@ -52,7 +48,7 @@ def texture_features(patches: Tensor, *, mpp: float) -> Tensor:
     color = -torch.log(patches.clamp(1 / 255, 1)) if brightfield else patches
     planes = color
     if brightfield:
-        unmix = torch.as_tensor(np.linalg.inv(_STAINS)[:, :2], dtype=color.dtype, device=color.device)
+        unmix = torch.as_tensor(np.linalg.inv(STAINS)[:, :2], dtype=color.dtype, device=color.device)
         stains = torch.einsum("nchw,cs->nshw", color, unmix)
         planes = torch.cat([stains, color.mean(1, keepdim=True)], dim=1)
     weight = _disc(patches.shape[-1]).to(patches)
@@ -71,7 +67,7 @@ def _color(color: Tensor, weight: Tensor) -> list[Tensor]:
     covariance = torch.einsum("nahw,nbhw,hw->nab", centered, centered, weight)
     row, column = torch.triu_indices(color.shape[1], color.shape[1], offset=1)
     spread = covariance.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    return [mean, torch.log(spread + _FLOOR), covariance[:, row, column]]
+    return [mean, torch.log(spread + FLOOR), covariance[:, row, column]]
 
 
 def _texture(planes: Tensor, sigma: float, weight: Tensor) -> list[Tensor]:
@@ -93,9 +89,9 @@ def _texture(planes: Tensor, sigma: float, weight: Tensor) -> list[Tensor]:
     center, width = _average_and_spread(band, weight)
     skewness = _average((band - center[..., None, None]) ** 3, weight) / width.clamp_min(1e-4) ** 3
     return [
-        torch.log(mean + _FLOOR),
-        torch.log(spread + _FLOOR),
-        torch.log(_average(coherence, weight) + _FLOOR),
+        torch.log(mean + FLOOR),
+        torch.log(spread + FLOOR),
+        torch.log(_average(coherence, weight) + FLOOR),
         skewness,
     ]
 
@@ -103,11 +99,11 @@ def _texture(planes: Tensor, sigma: float, weight: Tensor) -> list[Tensor]:
 def _nuclei(hematoxylin: Tensor, mpp: float, weight: Tensor) -> list[Tensor]:
     """Density, share of the area, size, stain and elongation of dark blobs as large as nuclei."""
     size = hematoxylin.shape[-1]
-    sigma = max(_NUCLEUS_UM / mpp, 0.7)
+    sigma = max(NUCLEUS_UM / mpp, 0.7)
     inner, outer = _filters(size, sigma)[0].to(hematoxylin), _filters(size, 2 * sigma)[0].to(hematoxylin)
     blurred = inner @ hematoxylin @ inner.mT
     blob = blurred - outer @ hematoxylin @ outer.mT
-    nucleus = (blob > _NUCLEUS_CONTRAST).to(blob)
+    nucleus = (blob > NUCLEUS_CONTRAST).to(blob)
     peak = nucleus * (blob == F.max_pool2d(blob, 3, stride=1, padding=1))
     area = _average(nucleus, weight)
     density = _average(peak, weight) / mpp**2 * 1e4  # per 100 x 100 µm

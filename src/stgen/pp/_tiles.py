@@ -11,18 +11,10 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.transformations import Affine, get_transformation
 
-from stgen._io import (
-    Histology,
-    check_new_key,
-    find_image,
-    image_of,
-    provenance,
-    record,
-    shallow_copy,
-    write_circles,
-    write_table,
-)
-from stgen.pp._alignment import tissue_mask
+from stgen._spatial.image import Histology, image_of
+from stgen._spatial.records import check_new_key, provenance, record, shallow_copy, write_circles, write_table
+from stgen._spatial.section import find_image
+from stgen._spatial.tissue import tissue_mask
 
 __all__ = ["tile_grid"]
 

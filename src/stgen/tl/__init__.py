@@ -1,14 +1,14 @@
 """Tools: fit models, sharpen maps, predict expression, score predictions."""
 
-from ._cell_types import localize_cell_types
-from ._cells import aggregate_cells
-from ._compare import compare
-from ._correlation import GeneCorrelation, gene_correlation
-from ._domains import find_domains
-from ._evaluate import Scores, evaluate
-from ._fit import fit
-from ._predict import predict_expression
-from ._superresolve import superresolve
+from .cells.aggregate import aggregate_cells
+from .cells.cell_types import localize_cell_types
+from .cells.domains import find_domains
+from .comparison.compare import compare
+from .evaluation.correlation import GeneCorrelation, gene_correlation
+from .evaluation.evaluate import Scores, evaluate
+from .fitting.fit import fit
+from .prediction.predict import predict_expression
+from .superresolution.superresolve import superresolve
 
 __all__ = [
     "GeneCorrelation",

@@ -1,0 +1,347 @@
+"""From SpatialData and AnnData to arrays, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from spatialdata import SpatialData, get_centroids
+from spatialdata.transformations import get_transformation
+from xarray import DataArray
+
+from stgen._checks import listed, only_key
+from stgen._spatial.counts import check_not_empty
+from stgen._spatial.image import (
+    Histology,
+    affine_to,
+    element_of,
+    image_levels,
+    is_micrometers,
+    micrometers_per_unit,
+    slide_mpp,
+)
+from stgen._spatial.platforms import mpp_from_pitch, spot_diameter, um_per_unit_of_bins
+
+__all__ = [
+    "Section",
+    "find_image",
+    "get_section",
+    "get_table",
+]
+
+logger = logging.getLogger("stgen")
+
+OUT_OF_FOLD = "out of fold"  # what the record of a table says that is never taken unless it is named
+
+
+@dataclass
+class Section:
+    """One section as arrays, with the user's own table by reference."""
+
+    table: AnnData
+    """The table, not a copy: what is written into it is written into the user's object."""
+    image: Histology | None
+    """The image, if one was asked for."""
+    xy_px: np.ndarray
+    """Locations ``(n_obs, 2)`` as x, y in pixels of the image's finest level (coordinate units without an image)."""
+    mpp: float | None
+    """µm per unit of ``xy_px``; None if it is not known and no image was asked for."""
+    spot_diameter_um: float | None
+    """Diameter of a spot, if the locations are circles of one size."""
+    image_key: str | None = None
+    table_key: str | None = None
+
+    @property
+    def xy_um(self) -> np.ndarray:
+        """Locations in µm, from the image's upper left corner."""
+        if self.mpp is None:
+            raise ValueError("The µm per pixel of this section are not known; pass mpp=<µm per pixel>.")
+        return self.xy_px * self.mpp
+
+
+def get_section(
+    data: SpatialData | AnnData,
+    *,
+    image_key: str | None = None,
+    table_key: str | None = None,
+    shapes_key: str | None = None,
+    mpp: float | None = None,
+    coordinate_system: str | None = None,
+    need_image: bool = False,
+) -> Section:
+    """Find table, image and locations, and bring the locations into pixels of the image.
+
+    A section is one region: a table with rows in several, or several libraries, is refused.
+
+    Parameters
+    ----------
+    data
+        SpatialData, or AnnData that follows the scanpy/squidpy Visium convention (``obsm["spatial"]`` in
+        full-resolution pixels, images and scale factors in ``uns["spatial"][library]``).
+    image_key
+        Image to use. SpatialData: None if there is exactly one. AnnData: ``"hires"`` unless given.
+    table_key
+        Table to use (SpatialData); None if there is exactly one that fits.
+    shapes_key
+        Element that the table annotates; chooses among tables.
+    mpp
+        µm per pixel: of the image's finest level (SpatialData) or of the full-resolution image that
+        ``obsm["spatial"]`` refers to (AnnData). None: from a micrometer coordinate system, from the names of Visium HD's
+        bins (``square_016um``), or from the 100 µm pitch of Visium spots.
+    coordinate_system
+        The one in which image and locations meet; None: a micrometer one if there is one, else "global", else the
+        only one.
+    need_image
+        Whether a missing image is an error.
+    """
+    if mpp is not None and not (isinstance(mpp, Real) and np.isfinite(mpp) and mpp > 0):
+        raise ValueError(f"`mpp` must be a positive number of µm per pixel, found {mpp!r}.")
+    if isinstance(data, AnnData):
+        return _section_from_anndata(data, image_key=image_key, mpp=mpp, need_image=need_image)
+    if isinstance(data, SpatialData):
+        return _section_from_spatialdata(
+            data,
+            image_key=image_key,
+            table_key=table_key,
+            shapes_key=shapes_key,
+            mpp=mpp,
+            coordinate_system=coordinate_system,
+            need_image=need_image,
+        )
+    raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+
+
+def get_table(data: SpatialData | AnnData, *, table_key: str | None = None, shapes_key: str | None = None) -> AnnData:
+    """The table of ``data``, by reference; ``data`` itself if it is one."""
+    if isinstance(data, AnnData):
+        return data
+    if isinstance(data, SpatialData):
+        return data.tables[_find_table(data, table_key, shapes_key)]
+    raise TypeError(f"Expected a SpatialData or AnnData object, found {type(data).__name__}.")
+
+
+# -- AnnData ----------------------------------------------------------------------------------------------------------
+def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float | None, need_image: bool) -> Section:
+    check_not_empty(table)
+    if "spatial" not in table.obsm:
+        raise KeyError(
+            'There are no spatial coordinates: obsm["spatial"] is missing (obsm has '
+            f'{listed(table.obsm)}). Set adata.obsm["spatial"] to x, y in full-resolution pixels.'
+        )
+    xy = _as_xy(table.obsm["spatial"], 'obsm["spatial"]')
+    _region_of(table, "The object")
+    libraries = table.uns.get("spatial", {})
+    if len(libraries) > 1:
+        raise ValueError(
+            f'uns["spatial"] holds several libraries: {listed(libraries)}. Pass one section at a time, several as a '
+            'mapping (stgen.tl.fit): {name: adata[adata.obs["library_id"] == name].copy() for name in libraries}, with '
+            'only its own entry in uns["spatial"] of each.'
+        )
+    library = next(iter(libraries.values()), {})
+    factors = library.get("scalefactors", {})
+    diameter = spot_diameter(xy, factors.get("spot_diameter_fullres"))
+    if mpp is None and factors:
+        mpp = factors.get("microns_per_pixel") or mpp_from_pitch(xy, diameter)
+    if not need_image and image_key is None:
+        return Section(table, None, xy, mpp, None if mpp is None or diameter is None else float(diameter * mpp))
+    images = library.get("images", {})
+    if not images:
+        raise KeyError(
+            'There is no image: uns["spatial"][library]["images"] is missing or empty. Read the section with '
+            "squidpy.read.visium, or pass a SpatialData object and image_key=."
+        )
+    key = image_key or ("hires" if "hires" in images else None)
+    key = only_key(images, key, argument="image_key", what="image")
+    factor = factors.get(f"tissue_{key}_scalef")
+    if factor is None:
+        if key not in ("fullres", "full"):
+            raise KeyError(
+                f'uns["spatial"][library]["scalefactors"] has no "tissue_{key}_scalef" (found {listed(factors)}); set '
+                "it to image pixels per full-resolution pixel (1 if the image is the full-resolution one)."
+            )
+        factor = 1.0
+    if mpp is None:
+        raise ValueError(
+            'The µm per pixel are not known: obsm["spatial"] is not a Visium grid of 100 µm pitch whose spots are '
+            "spot_diameter_fullres wide. Pass mpp=<µm per full-resolution pixel>; if the coordinates are in pixels of "
+            f'the image {key!r}, first divide them: adata.obsm["spatial"] /= {factor:.6g}.'
+        )
+    array = np.asarray(images[key])
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3:
+        raise ValueError(f"The image {key!r} must have the shape (y, x, channels), found {array.shape}.")
+    names = ["r", "g", "b", "a"] if array.shape[2] in (3, 4) else [str(i) for i in range(array.shape[2])]
+    level = DataArray(array, dims=("y", "x", "c"), coords={"c": names[: array.shape[2]]})
+    image = Histology([level], mpp=float(mpp) / float(factor))
+    spot_um = None if diameter is None else float(diameter * mpp)
+    return Section(table, image, xy * float(factor), image.mpp, spot_um, image_key=key)
+
+
+# -- SpatialData ------------------------------------------------------------------------------------------------------
+def _section_from_spatialdata(
+    sdata: SpatialData,
+    *,
+    image_key: str | None,
+    table_key: str | None,
+    shapes_key: str | None,
+    mpp: float | None,
+    coordinate_system: str | None,
+    need_image: bool,
+) -> Section:
+    table_key = _find_table(sdata, table_key, shapes_key)
+    table = sdata.tables[table_key]
+    check_not_empty(table)
+    if need_image or image_key is not None:
+        image_key = find_image(sdata, image_key)
+    region, instances = annotated_region(sdata, table, table_key, shapes_key)
+    keys = [region] if image_key is None else [image_key, region]
+    system = shared_system(keys, [element_of(sdata, key) for key in keys], coordinate_system)
+
+    element = sdata[region]
+    centers = centroids(element, system)
+    position = centers.index.get_indexer(instances)
+    if (position < 0).any():
+        missing = instances[position < 0]
+        raise ValueError(
+            f"{len(missing)} rows of the table {table_key!r} point at instances that {region!r} does not have "
+            f"({listed(missing)}). Match them with sdata.filter_by_coordinate_system or spatialdata.match_table_to_element."
+        )
+    xy = _as_xy(centers[["x", "y"]].to_numpy()[position], f"the locations of the table {table_key!r}")
+    radii = element["radius"].to_numpy() if "radius" in getattr(element, "columns", ()) else np.empty(0)
+    one_size = radii.size > 0 and np.ptp(radii) <= 0.01 * radii.mean()
+    diameter = spot_diameter(xy, float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None)
+
+    um_per_unit = 1.0 if is_micrometers(system) else None
+    if image_key is None:
+        scale = mpp if mpp is not None else um_per_unit or um_per_unit_of_bins(element, region, system)
+        scale = scale or mpp_from_pitch(xy, diameter)
+        spot_um = None if scale is None or diameter is None else diameter * scale
+        return Section(table, None, xy, scale, spot_um, table_key=table_key)
+    matrix, scale = affine_to(sdata.images[image_key], system)
+    if mpp is None:
+        um_per_unit = um_per_unit or micrometers_per_unit(sdata.images[image_key], scale)
+        of_slide = slide_mpp(sdata, image_key)
+        um_per_unit = um_per_unit or (None if of_slide is None else of_slide / scale)
+        um_per_unit = um_per_unit or um_per_unit_of_bins(element, region, system) or mpp_from_pitch(xy, diameter)
+        if um_per_unit is None:
+            raise ValueError(
+                f"The µm per pixel of the image {image_key!r} are not known: no coordinate system is named "
+                f"micrometers ({listed(get_transformation(sdata.images[image_key], get_all=True))}) and the locations "
+                "are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per image pixel> (0.2125 for a full-resolution "
+                "Xenium image), or add a micrometer coordinate system: stgen.pp.name_micrometers(...)."
+            )
+        mpp = scale * um_per_unit
+    xy_px = (np.column_stack([xy, np.ones(len(xy))]) @ np.linalg.inv(matrix).T)[:, :2]
+    image = Histology(image_levels(sdata.images[image_key]), mpp=mpp)
+    spot_um = None if diameter is None else diameter * mpp / scale
+    return Section(table, image, xy_px, image.mpp, spot_um, image_key=image_key, table_key=table_key)
+
+
+def find_image(sdata: SpatialData, image_key: str | None) -> str:
+    """``image_key``, or the only image there is that is not a result of this package."""
+    if not sdata.images and hasattr(sdata, "properties"):  # a WSIData
+        raise KeyError("The slide has no image attached; open it by wsidata.open_wsi(path, attach_images=True).")
+    results = sdata.attrs.get("stgen", {})
+    keys = sdata.images if image_key is not None else [key for key in sdata.images if key not in results]
+    return only_key(keys, image_key, argument="image_key", what="image")
+
+
+def _find_table(sdata: SpatialData, table_key: str | None, shapes_key: str | None) -> str:
+    results = sdata.attrs.get("stgen", {})
+    keys = [key for key in sdata.tables if key == table_key or results.get(key, {}).get("statistic") != OUT_OF_FOLD]
+    if table_key is not None or shapes_key is None:
+        return only_key(keys, table_key, argument="table_key", what="table")
+    linked = [key for key in keys if shapes_key in _region_names(sdata.tables[key])]
+    if not linked:
+        raise KeyError(
+            f"No table annotates {shapes_key!r}; the tables are {listed(sdata.tables)}. Link one with "
+            "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
+        )
+    return only_key(linked, None, argument="table_key", what=f"table of {shapes_key!r}")
+
+
+def _region_names(table: AnnData) -> list[str]:
+    region = table.uns.get("spatialdata_attrs", {}).get("region", [])
+    return [region] if isinstance(region, str) else list(region or [])
+
+
+def _region_of(table: AnnData, name: str) -> str | None:
+    """The one element in which the rows lie, None if the table annotates none; an error if there are several."""
+    attrs = table.uns.get("spatialdata_attrs")
+    if not attrs or attrs.get("region_key") not in table.obs:
+        return None
+    key = attrs["region_key"]
+    regions = table.obs[key].astype(str).unique()
+    if len(regions) > 1:
+        names = ", ".join(map(repr, regions[:3])) + (", ..." if len(regions) > 3 else "")
+        raise ValueError(
+            f"{name} has rows in {len(regions)} regions ({listed(regions)}), and a section is one region on one image. "
+            f"Split it and pass the parts, several as a mapping: {{name: sdata.subset([name, <its image>]) for name in "
+            f"[{names}]}} (SpatialData), or {{name: adata[adata.obs[{key!r}] == name].copy() for name in [{names}]}} (AnnData)."
+        )
+    return regions[0]
+
+
+def annotated_region(
+    sdata: SpatialData, table: AnnData, table_key: str, shapes_key: str | None
+) -> tuple[str, np.ndarray]:
+    """The element that the table annotates, and the instance of every row."""
+    region = _region_of(table, f"The table {table_key!r}")
+    if region is None:
+        raise ValueError(
+            f"The table {table_key!r} annotates no element, so its rows have no spatial coordinates. Link it with "
+            "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
+        )
+    if shapes_key not in (None, region):
+        raise KeyError(f"The table {table_key!r} does not annotate {shapes_key!r}; it annotates {region}.")
+    if region not in sdata:
+        raise KeyError(f"The table {table_key!r} annotates {region!r}, which is not in the object.")
+    return region, table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
+
+
+def shared_system(names: Sequence[str], elements: Sequence[Any], wanted: str | None) -> str:
+    of_each = [list(get_transformation(element, get_all=True)) for element in elements]
+    shared = [name for name in of_each[0] if all(name in systems for systems in of_each)]
+    found = "; ".join(f"{name!r}: {listed(systems)}" for name, systems in zip(names, of_each, strict=True))
+    if wanted is not None:
+        if wanted not in shared:
+            raise KeyError(f"The elements do not share the coordinate system {wanted!r}; found {found}.")
+        return wanted
+    if not shared:
+        raise ValueError(
+            f"The image and the locations share no coordinate system ({found}). Align them with "
+            "spatialdata.transformations.set_transformation(element, transformation, to_coordinate_system=...)."
+        )
+    micrometers = [name for name in shared if is_micrometers(name)]
+    return (micrometers or [name for name in shared if name == "global"] or shared)[0]
+
+
+def centroids(element: Any, system: str) -> pd.DataFrame:
+    """Columns x, y in ``system``, indexed by instance."""
+    if hasattr(element, "geometry"):
+        matrix, _ = affine_to(element, system)
+        points = element.geometry.centroid
+        xy = np.column_stack([points.x, points.y, np.ones(len(points))]) @ matrix.T
+        return pd.DataFrame({"x": xy[:, 0], "y": xy[:, 1]}, index=element.index)
+    centers = get_centroids(element, coordinate_system=system)
+    return centers.compute() if hasattr(centers, "compute") else centers
+
+
+# -- locations --------------------------------------------------------------------------------------------------------
+def _as_xy(values: Any, where: str) -> np.ndarray:
+    xy = np.asarray(values, dtype=np.float64)
+    if xy.ndim != 2 or xy.shape[1] < 2:
+        raise ValueError(f"{where} must have the shape (n, 2) as x, y; found {xy.shape}.")
+    xy = xy[:, :2]
+    bad = ~np.isfinite(xy).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{where} has {int(bad.sum())} rows without finite coordinates (first: row {int(np.argmax(bad))}); drop them."
+        )
+    return xy

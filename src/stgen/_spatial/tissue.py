@@ -1,0 +1,97 @@
+"""Which bins of a section get a result."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+from spatialdata import SpatialData
+
+from stgen._spatial.grid import Grid, get_map
+from stgen._spatial.image import Histology, image_of
+from stgen.measurement import Measurement
+
+__all__ = ["tissue_bins", "tissue_mask", "tissue_of_image"]
+
+MASK_PX = 512
+BLOCK = 512  # bins along a side of what is looked at at a time
+TISSUE_UM = 50.0  # how far from what is dark (or bright) tissue reaches, as pp.rasterize has it for molecules
+
+
+def tissue_bins(
+    sdata: SpatialData,
+    grid: Grid,
+    image_key: str | None,
+    measurement: Measurement | None,
+    like: str | None,
+    mpp: float | None,
+) -> np.ndarray:
+    """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue."""
+    tissue = np.zeros((grid.height, grid.width), bool)
+    if measurement is None and like is not None:
+        tissue[:] = np.isfinite(np.asarray(get_map(sdata, like).data[0]))
+    elif measurement is None:
+        tissue[:] = tissue_of_image(sdata, grid, image_key, mpp)
+    elif measurement.blocks is not None:
+        side = measurement.blocks
+        for y, x in (measurement.centers // side).astype(int) * side:
+            tissue[y : y + side, x : x + side] = True
+    else:
+        where = measurement.with_counts(np.empty((len(measurement), 0)))
+        for y in range(0, grid.height, BLOCK):
+            for x in range(0, grid.width, BLOCK):
+                part = tissue[y : y + BLOCK, x : x + BLOCK]
+                part[:] = where.interpolate(y, x, *part.shape)[1][0] > 0
+    if not tissue.any():
+        where = f"the image {image_key!r}" if measurement is None else "the low-resolution data"
+        raise ValueError(
+            f"there is no tissue: {where} is empty everywhere on the grid of {grid.width} x {grid.height} bins. Check "
+            "that it is the right element and that its transformation is right."
+        )
+    return tissue
+
+
+def tissue_of_image(sdata: SpatialData, grid: Grid, image_key: str, mpp: float | None) -> np.ndarray:
+    """Bins within 50 µm of tissue; all, where the whole image looks alike."""
+    image = image_of(sdata, image_key, mpp=mpp)
+    mask, pixel = tissue_mask(image)
+    if mask.mean() > 0.97:
+        return np.ones((grid.height, grid.width), bool)
+    if mask.any():
+        mask = ndimage.distance_transform_edt(~mask) * pixel * image.mpp <= TISSUE_UM
+    to_mask = grid.to_element(sdata, image_key) / pixel
+    tissue = np.zeros((grid.height, grid.width), bool)
+    for y in range(0, grid.height, BLOCK):
+        rows, columns = np.mgrid[y : min(y + BLOCK, grid.height), : grid.width] + 0.5
+        column, row = np.floor(to_mask[:2, :2] @ [columns.ravel(), rows.ravel()] + to_mask[:2, 2:]).astype(int)
+        inside = (row >= 0) & (column >= 0) & (row <= mask.shape[0]) & (column <= mask.shape[1])
+        row, column = np.clip(row, 0, mask.shape[0] - 1), np.clip(column, 0, mask.shape[1] - 1)
+        tissue[y : y + BLOCK] = (mask[row, column] & inside).reshape(rows.shape)
+    return tissue
+
+
+def tissue_mask(image: Histology, *, mpp: float | None = None) -> tuple[np.ndarray, float]:
+    """A coarse mask of the tissue.
+
+    Three channels are read as a transmitted-light image, where tissue is darker than the glass; other images as
+    fluorescence, where it is brighter. The threshold is Otsu's, kept within what tissue can be.
+
+    Returns
+    -------
+    Boolean mask ``(h, w)``, and its size in finest-level pixels per mask pixel.
+    """
+    from skimage.filters import threshold_otsu
+
+    longest = max(image.height, image.width)
+    mpp = max(image.mpp, image.mpp * longest / MASK_PX) if mpp is None else mpp
+    thumbnail = image.thumbnail(mpp=mpp)
+    if image.n_channels == 3:
+        # the darkest channel: pale eosin absorbs green only
+        signal = -np.log(np.clip(thumbnail.min(0), 1 / 255, 1))
+        low, high = 0.08, 0.35
+    else:
+        signal = thumbnail.mean(0)
+        signal = signal / max(float(np.quantile(signal, 0.995)), 1e-6)
+        low, high = 0.05, 0.2
+    signal = ndimage.gaussian_filter(signal, 1.0)
+    threshold = threshold_otsu(signal) if np.ptp(signal) > 1e-6 else low
+    return signal > np.clip(threshold, low, high), longest / max(thumbnail.shape[1:])

@@ -1,0 +1,1 @@
+"""Cells, cell types and domains."""

@@ -1,0 +1,93 @@
+"""The scores of a prediction: what is reported per gene, and what over all genes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from sklearn.neighbors import kneighbors_graph
+
+from stgen import metrics
+
+__all__ = ["Scores", "gene_scores", "score", "summarize"]
+
+
+class Scores(NamedTuple):
+    """Result of :func:`stgen.tl.evaluate`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.tl.evaluation.scores import score
+    >>> truth = np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 1.0]])
+    >>> genes, summary = score(truth + 1, truth, ["A", "B"])
+    >>> genes["PCC"].to_list(), float(summary["MSE"])
+    ([1.0, 1.0], 1.0)
+    """
+
+    genes: pd.DataFrame
+    """One row per gene, one column per score."""
+    summary: pd.Series
+    """One number per score, over all genes."""
+
+
+def score(
+    pred: np.ndarray,
+    truth: np.ndarray,
+    genes: list[str],
+    *,
+    samples: np.ndarray | None = None,
+    xy: np.ndarray | None = None,
+    ranking: list[int] | None = None,
+) -> Scores:
+    """Every score of a prediction ``(n, G)``, of samples ``(S, n, G)`` where there are any, and of what they share."""
+    frame = gene_scores(pred, truth, genes, samples=samples)
+    summary = summarize(frame, ranking=ranking)
+    single = pred[None] if samples is None else samples
+    summary["GSC"] = metrics.gsc(single, truth)
+    if samples is not None:
+        summary["GSC_sample"] = np.mean([metrics.gsc(s, truth) for s in samples])
+    if xy is not None and len(xy) > 6:
+        weights = _neighbors(xy)
+        summary["SSC"] = metrics.ssc(single, truth, weights)
+    summary["constant_predictions"] = int((np.ptp(pred, 0) == 0).sum())
+    return Scores(frame, pd.Series(summary, name="score"))
+
+
+def gene_scores(
+    pred: np.ndarray, truth: np.ndarray, genes: list[str], *, samples: np.ndarray | None = None
+) -> pd.DataFrame:
+    """The scores that each gene has on its own, one row per gene."""
+    columns = {
+        "PCC": metrics.pcc(pred, truth),
+        "MSE": metrics.mse(pred, truth),
+        "RMSE": metrics.rmse(pred, truth),
+        "MAE": metrics.mae(pred, truth),
+        "RVD": metrics.rvd(pred, truth),
+    }
+    if samples is not None:
+        columns["RVD_sample"] = np.mean([metrics.rvd(s, truth) for s in samples], 0)
+        for level in (0.5, 0.8, 0.9):
+            columns[f"coverage_{level:.0%}"] = metrics.coverage(samples, truth, level)
+        columns["CRPS"] = metrics.crps(samples, truth, centered=True)
+    return pd.DataFrame(columns, index=pd.Index(genes, name="gene"))
+
+
+def summarize(frame: pd.DataFrame, *, ranking: list[int] | None = None) -> dict[str, float]:
+    """Means over genes, medians of RVD, and PCC-k."""
+    summary = frame.mean().to_dict()
+    summary |= {f"{name}_median": frame[name].median() for name in frame if name.startswith("RVD")}
+    for k in (10, 50):
+        if len(frame) > k:
+            summary[f"PCC-{k}_oracle"] = metrics.top_k(frame["PCC"], k)
+            if ranking is not None:
+                summary[f"PCC-{k}_ranked"] = metrics.top_k(frame["PCC"], k, ranking=ranking)
+    return summary
+
+
+def _neighbors(xy: np.ndarray, k: int = 6) -> sp.csr_matrix:
+    """Symmetric weights: one for each pair of which either is among the other's ``k`` nearest."""
+    weights = kneighbors_graph(xy, k)
+    return weights.maximum(weights.T)

@@ -1,0 +1,1 @@
+"""Predict expression of locations."""
