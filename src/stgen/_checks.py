@@ -1,13 +1,47 @@
-"""Checks of what a user passes, each with one wording."""
+"""Checks of what a user passes, each with one wording.
+
+:func:`check_types` holds a public function to the types in its signature. What a type does not say (at least 1, a share, a
+name that exists) is said by one of the other checks in the function's first lines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import builtins
+import functools
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 
-__all__ = ["check_positive", "check_prompt", "listed", "only_key"]
+__all__ = [
+    "check_choice",
+    "check_flag",
+    "check_genes",
+    "check_key",
+    "check_not_negative",
+    "check_number",
+    "check_positive",
+    "check_prompt",
+    "check_seed",
+    "check_share",
+    "check_types",
+    "check_whole",
+    "listed",
+    "only_key",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LARGEST = 2**31 - 1
+"""The largest whole number that is taken where there is no smaller limit."""
+
+LONGEST_KEY = 200
+"""Letters of the longest name: a file of that name, and ``_samples`` behind it, must be possible."""
 
 
 def listed(values: Iterable[Any], limit: int = 5) -> str:
@@ -32,10 +66,78 @@ def only_key(keys: Iterable[str], key: str | None, *, argument: str, what: str) 
     raise KeyError(f"There are several candidates for the {what}: {listed(keys)}. Pass {argument}=<one of them>.")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Refuse what is no positive number of µm."""
-    if isinstance(value, bool) or not (np.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive number of µm, found {value!r}.")
+# -- numbers -------------------------------------------------------------------------------------------------------------
+
+
+def check_whole(name: str, value: object, *, least: int = 1, most: int = LARGEST) -> int:
+    """A whole number from ``least`` to ``most``; a float that happens to be whole is none."""
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is not None and least <= number <= most:
+        return number
+    limit = f"at most {most}" if number is not None and number > most else f"at least {least}"
+    raise ValueError(f"`{name}` must be a whole number of {limit}, found {shown(value)}.")
+
+
+def check_seed(seed: object) -> int:
+    """What random numbers may begin with."""
+    return check_whole("seed", seed, least=0, most=2**63 - 1)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number: not NaN, not infinite, not True."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> float:
+    """A finite number from ``least`` to ``most``."""
+    if is_number(value) and (least is None or value >= least) and (most is None or value <= most):
+        return float(value)
+    limits = [f"{word} {limit:g}" for word, limit in (("at least", least), ("at most", most)) if limit is not None]
+    limit = " of " + " and ".join(limits) if limits else ""
+    raise ValueError(f"`{name}` must be a finite number{limit}, found {shown(value)}.")
+
+
+def check_positive(name: str, value: Any, unit: str = "µm") -> float:
+    """A positive number, of µm unless ``unit`` is another or empty."""
+    if is_number(value) and value > 0:
+        return float(value)
+    of = f" of {unit}" if unit else ""
+    raise ValueError(f"`{name}` must be a positive number{of}, found {shown(value)}.")
+
+
+def check_not_negative(name: str, value: Any) -> float:
+    """A finite number that is zero or more."""
+    if is_number(value) and value >= 0:
+        return float(value)
+    raise ValueError(f"`{name}` must be a finite number that is not negative, found {shown(value)}.")
+
+
+def check_share(name: str, value: Any, within: str = "[0, 1)") -> float:
+    """A share within an interval as mathematicians write it: ``[0, 1)`` contains 0 and not 1."""
+    low, high = (float(end) for end in within[1:-1].split(","))
+    if is_number(value):
+        above = value >= low if within[0] == "[" else value > low
+        if above and (value <= high if within[-1] == "]" else value < high):
+            return float(value)
+    raise ValueError(f"`{name}` must be a share in {within}, found {shown(value)}.")
+
+
+# -- words ---------------------------------------------------------------------------------------------------------------
+
+
+def check_flag(name: str, value: object) -> bool:
+    """True or False."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"`{name}` must be True or False, found {shown(value)}.")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """One of some words."""
+    choices = tuple(choices)
+    if isinstance(value, str) and value in choices:
+        return value
+    raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, found {shown(value)}.")
 
 
 def check_prompt(prompt: object) -> str:
@@ -49,6 +151,184 @@ def check_prompt(prompt: object) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(
             f'`prompt` must say in a few words what the image shows, such as "H&E of invasive ductal carcinoma of the '
-            f'breast"; found {prompt!r}.'
+            f'breast"; found {shown(prompt)}.'
         )
     return prompt.strip()
+
+
+def check_key(name: str, key: object) -> str:
+    """The name of a new result, which every store must be able to hold.
+
+    Raises
+    ------
+    TypeError
+        If it is not text.
+    ValueError
+        If it is empty, too long, begins with two underscores or has letters that no element's name may have.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"`{name}` must be text, found {shown(key)}.")
+    if (
+        not 0 < len(key) <= LONGEST_KEY
+        or key in (".", "..")
+        or key.startswith("__")
+        or not all(letter.isalnum() or letter in "_-." for letter in key)
+    ):
+        raise ValueError(
+            f"`{name}` must be a name that can be stored: 1 to {LONGEST_KEY} letters, digits, '_', '-' or '.', not beginning "
+            f"with '__'; found {shown(key)}."
+        )
+    return key
+
+
+def check_genes(genes: Any, name: str = "genes") -> list[str]:
+    """Names of genes as a list: at least one, each of them once."""
+    if isinstance(genes, str):
+        raise TypeError(f"`{name}` must be a list of names, found a string; pass {name}=[{genes!r}].")
+    if not is_sequence(genes) or not all(isinstance(gene, str) for gene in genes):
+        raise TypeError(f"`{name}` must be a list of names, found {shown(genes)}.")
+    names = [str(gene) for gene in genes]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"`{name}` must be names without repetition, at least one; found {listed(names)}.")
+    return names
+
+
+# -- types ---------------------------------------------------------------------------------------------------------------
+
+
+def check_types(function: Callable[P, R]) -> Callable[P, R]:
+    """Hold the arguments of a public function to the types in its signature, before it begins.
+
+    A value must be of the type that its argument is annotated with: numbers are finite, a whole number is no float, a
+    sequence of text is not one text, ``key_added`` and other names of results can be stored. A class that only the type
+    checker imports (``if TYPE_CHECKING:``) is not looked at; the function does.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ```n_samples`` must be a whole number, found 'x'.``: the name of the argument, what it must be, what was found.
+    """
+    signature = inspect.signature(function)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    fixed = {name: p for name, p in signature.parameters.items() if p.kind not in variable and name != "self"}
+    annotations: dict[str, Any] = {}
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not annotations:
+            annotations.update({name: _resolved(p.annotation, function) for name, p in fixed.items()})
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # an argument too many or too few: the function says so itself
+            return function(*args, **kwargs)
+        for name in given.keys() & annotations.keys():
+            value, default = given[name], fixed[name].default
+            if value is not default:
+                _check_type(name, value, annotations[name])
+        return function(*args, **kwargs)
+
+    return checked
+
+
+class _Names(dict[str, Any]):
+    """Names of a module, and :data:`~typing.Any` for those which only the type checker imports."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, Any)
+
+
+def _resolved(annotation: Any, function: Callable[..., Any]) -> Any:
+    """An annotation, which in this package is text, as a type."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    if isinstance(annotation, str):
+        names = _Names(getattr(function, "__globals__", {}))
+        try:
+            return eval(annotation, {}, names)
+        except (TypeError, AttributeError):  # an operation on what only the type checker imports
+            return Any
+    return annotation
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    """Refuse a value that is not of the kind of its argument: a ValueError where a number or a choice belongs."""
+    if name in ("key_added", "table_key_added") and value is not None:
+        check_key(name, value)
+    if _fits(value, kind):
+        return
+    for one in (kind, *get_args(kind)):
+        if get_origin(one) is Literal:
+            check_choice(name, value, get_args(one))
+    numeric = {int, float} & {kind, *get_args(kind)}
+    raise (ValueError if numeric else TypeError)(f"`{name}` must be {_described(kind)}, found {shown(value)}.")
+
+
+def is_sequence(value: object) -> bool:
+    """Whether a value is a list, a tuple, an array or an index, but not text, a mapping or a set."""
+    text_or_mapping = isinstance(value, str | bytes | Mapping)
+    one_dimensional = getattr(value, "ndim", 1) == 1
+    return not text_or_mapping and one_dimensional and hasattr(value, "__len__") and hasattr(value, "__getitem__")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind that an annotation names; of an unknown kind everything is."""
+    if kind is Any or isinstance(kind, TypeVar):
+        return True
+    if kind is None or kind is type(None):
+        return value is None
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str | int | type(None)) and value in inner
+    if kind is bool:
+        return isinstance(value, bool | np.bool_)
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is float:
+        return is_number(value)
+    if origin is tuple and inner and inner[-1] is not Ellipsis:
+        return is_sequence(value) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is not None and isinstance(origin, type):
+        return _fits_collection(value, origin, inner)
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _fits_collection(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
+    """Whether a value is a collection of its kind, and what is in it of theirs."""
+    if issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
+        )
+    if issubclass(origin, Sequence):
+        return is_sequence(value) and all(_fits(item, inner[0]) for item in (value if inner else ()))
+    return callable(value) if issubclass(origin, Callable) else isinstance(value, origin)  # type: ignore[arg-type]
+
+
+_WORDS = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text", type(None): "None"}
+
+
+def _described(kind: Any) -> str:
+    """A kind in words: ``a whole number or None``."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_described(one) for one in inner))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return f"{len(inner)} values"
+    if origin is not None and isinstance(origin, type):
+        if issubclass(origin, Mapping):
+            return "a mapping of " + " to ".join(_described(one) for one in inner)
+        if issubclass(origin, Sequence):
+            words = {str: "a list of names", float: "a list of finite numbers", int: "a list of whole numbers"}
+            return words.get(inner[0], "a list")
+        return "a function"
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut off where it is long."""
+    text = repr(value) if isinstance(value, str | Real | bytes | type(None) | list | tuple | dict | set) else ""
+    text = text or f"{type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
