@@ -1,5 +1,7 @@
 """Tools: fit models, sharpen maps, predict expression, score predictions."""
 
+from .bins.bins_to_table import bins_to_table
+from .bins.table_to_map import table_to_map
 from .cells.aggregate import aggregate_cells
 from .cells.cell_types import localize_cell_types
 from .cells.domains import find_domains
@@ -14,6 +16,7 @@ __all__ = [
     "GeneCorrelation",
     "Scores",
     "aggregate_cells",
+    "bins_to_table",
     "compare",
     "evaluate",
     "find_domains",
@@ -22,4 +25,5 @@ __all__ = [
     "localize_cell_types",
     "predict_expression",
     "superresolve",
+    "table_to_map",
 ]

@@ -1,0 +1,1 @@
+"""Bins of maps as tables, for what reads AnnData, and back."""
