@@ -5,6 +5,7 @@
 #   make docs     the documentation, warnings are errors
 #   make tutorials  the same, and keep the outputs of the tutorials in tutorials/
 #   make lint     ruff: rules and format
+#   make types    mypy: do types agree, with those of PyTorch and numpy too
 #
 # PYTHON=python3.12 picks the interpreter, CONSTRAINTS= (empty) lifts the pins, PYTEST_ARGS and SPHINX_ARGS are passed on.
 
@@ -16,7 +17,7 @@ DEMO_OUT ?= demo-output
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help demo test docs tutorials lint format clean
+.PHONY: help demo test docs tutorials lint types format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -40,6 +41,9 @@ tutorials: docs
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
