@@ -5,7 +5,8 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from stgen import kriging
-from stgen.kriging import Basis, Kriging, Places, matern
+from stgen.kernels import FeatureSpace, Gaussian, Kernel, Linear, Matern, Places, WeightedSum, matern
+from stgen.kriging import Kriging, kernels_of_image, kernels_of_space, mixtures
 
 SPACE, IMAGE = "space 2", "image 0.7"
 KERNELS = [
@@ -42,9 +43,26 @@ def noise(request):
     return None if request.param == "equal" else np.random.default_rng(1).uniform(0.2, 5, 40)
 
 
-def only(monkeypatch, kernel, level=None):
-    """One kernel, and one level of noise if it is given, instead of all."""
-    monkeypatch.setattr(kriging, "mixtures", lambda names: [kernel])
+def kernels_of(spots):
+    """All kernels that are not sums, by name."""
+    return {str(kernel): kernel for kernel in [*kernels_of_space(), *kernels_of_image(spots.features)]}
+
+
+def sum_of(parts, kernels):
+    """A kernel from names and weights."""
+    by_name = {str(kernel): kernel for kernel in kernels}
+    return WeightedSum(tuple((weight, by_name[name]) for name, weight in parts))
+
+
+def named(kernels):
+    return {str(kernel): value for kernel, value in kernels.items()}
+
+
+def only(monkeypatch, *kernels, level=None):
+    """Some kernels, and one level of noise if it is given, instead of all."""
+    monkeypatch.setattr(
+        kriging, "mixtures", lambda space, image: [sum_of(parts, [*space, *image]) for parts in kernels]
+    )
     if level is not None:
         monkeypatch.setattr(kriging, "NOISE", np.array([level]))
 
@@ -98,39 +116,59 @@ def test_matern_is_the_bessel_function_of_order_three_halves():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_are_their_definitions(spots, kernel):
     places = section(seed=1)[0]
-    basis = Basis.of(spots)
-    between = basis.between(places, spots, [name for name, _ in kernel])
-    found = sum(share * between[name] for name, share in kernel)
+    found = sum_of(kernel, kernels_of(spots).values())(places, spots)
     np.testing.assert_allclose(found, dense(kernel, places, spots, spots), rtol=1e-9, atol=1e-12)
 
 
 def test_kernels_have_a_mean_variance_of_one_over_the_spots(spots):
-    basis = Basis.of(spots)
-    for name, kernel in basis.between(spots, spots, basis.names).items():
-        assert np.diag(kernel).mean() == pytest.approx(1), name
+    for name, kernel in kernels_of(spots).items():
+        assert np.diag(kernel(spots, spots)).mean() == pytest.approx(1), name
+
+
+def test_kernels_add_and_are_multiplied(spots):
+    places, space = section(seed=1)[0], FeatureSpace.of(spots.features)
+    a, b, c = Matern(2.0), Gaussian(0.7, space), Linear(space)
+    in_one = 0.5 * (a + 3 * b) + a * c * 2
+    expected = 0.5 * (a(places, spots) + 3 * b(places, spots)) + 2 * a(places, spots) * c(places, spots)
+    np.testing.assert_allclose(in_one(places, spots), expected, rtol=1e-12)
+    assert str(in_one) == "0.5 space 2 + 1.5 image 0.7 + 2 (space 2) x (image linear)"
+    assert [weight for weight, _ in in_one.terms] == [0.5, 1.5, 2]
+    assert in_one.of_image
+    assert not (a + Matern(1.0)).of_image
+    assert a + b == Matern(2.0) + Gaussian(0.7, space) != a + Gaussian(0.7, FeatureSpace.of(spots.features))
+
+
+def test_a_kernel_of_features_needs_them(spots):
+    with pytest.raises(ValueError, match="needs places with features"):
+        Linear(FeatureSpace.of(spots.features))(Places(spots.xy), spots)
+
+
+def test_places_of_different_sections_and_of_none_are_not_near_each_other(spots):
+    section = np.arange(40) % 3 - 1
+    kernel = 0.5 * Matern(2.0) + 0.5 * Linear(FeatureSpace.of(spots.features))
+    placed = Places(spots.xy, spots.features, section)
+    same = (section[:, None] == section) & (section >= 0)
+    expected = 0.5 * Matern(2.0)(spots, spots) * same + 0.5 * kernel.terms[1][1](spots, spots)
+    np.testing.assert_allclose(kernel(placed, placed), expected, rtol=1e-12)
+    np.testing.assert_array_equal(kernel(placed[section == 0], spots), kernel(spots[section == 0], spots))
 
 
 def test_mixtures_are_kernels_alone_and_each_of_space_with_each_of_the_image(spots):
-    names = Basis.of(spots).names
-    mixtures = kriging.mixtures(names)
-    assert len(set(mixtures)) == len(mixtures) == 7 + 4 * 3 * 3
-    assert {kernel[0][0] for kernel in mixtures if len(kernel) == 1} == set(names)
-    for kernel in mixtures:
-        assert sum(share for _, share in kernel) == pytest.approx(1)
-        assert len({name.split()[0] for name, _ in kernel}) == len(kernel)
-    assert all(
-        name.startswith("space") for kernel in kriging.mixtures(Basis.of(Places(spots.xy)).names) for name, _ in kernel
-    )
+    space, image = kernels_of_space(), kernels_of_image(spots.features)
+    found = mixtures(space, image)
+    assert len(set(found)) == len(found) == 7 + 4 * 3 * 3
+    assert {kernel for kernel in found if len(kernel.terms) == 1} == {*space, *image}
+    for kernel in found:
+        assert sum(weight for weight, _ in kernel.terms) == pytest.approx(1)
+        assert len({term.of_image for _, term in kernel.terms}) == len(kernel.terms)
+    assert mixtures(space, kernels_of_image(None)) == space
 
 
 def test_nothing_is_extrapolated_beyond_four_standard_deviations(spots):
-    basis = Basis.of(spots)
     center, spread = spots.features.mean(0), spots.features.std(0)
     far, edge = (Places(np.zeros((2, 2)), center + s * spread * np.array([[1.0], [-1.0]])) for s in (100, 4))
-    names = [name for name in basis.names if name.startswith("image")]
-    a, b = basis.between(far, spots, names), basis.between(edge, spots, names)
-    for name in names:
-        np.testing.assert_allclose(a[name], b[name], rtol=1e-9)
+    for kernel in kernels_of_image(spots.features):
+        np.testing.assert_allclose(kernel(far, spots), kernel(edge, spots), rtol=1e-9)
 
 
 def test_whole_numbers_are_places_too():
@@ -146,7 +184,7 @@ def test_whole_numbers_are_places_too():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_out_of_fold_is_a_fit_without_the_spot(monkeypatch, spots, y, noise, kernel):
-    only(monkeypatch, kernel, 0.3)
+    only(monkeypatch, kernel, level=0.3)
     found = Kriging(spots, noise=noise, guide=y).solve(y)
     expected, _, mean = refitted(kernel, spots, y, 0.3, noise)
     np.testing.assert_allclose(found.out_of_fold, expected, rtol=1e-8, atol=1e-8)
@@ -156,7 +194,7 @@ def test_out_of_fold_is_a_fit_without_the_spot(monkeypatch, spots, y, noise, ker
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_shares_of_image_and_neighbors_are_those_of_a_fit_without_the_spot(monkeypatch, spots, y, noise, kernel):
-    only(monkeypatch, kernel, 0.3)
+    only(monkeypatch, kernel, level=0.3)
     found = Kriging(spots, noise=noise, guide=y).solve(y)
     predicted, of_image, mean = refitted(kernel, spots, y, 0.3, noise)
     weight = np.ones(len(y)) if noise is None else 1 / noise
@@ -168,7 +206,7 @@ def test_shares_of_image_and_neighbors_are_those_of_a_fit_without_the_spot(monke
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_prediction_is_its_closed_form(monkeypatch, spots, y, noise, kernel):
-    only(monkeypatch, kernel, 0.3)
+    only(monkeypatch, kernel, level=0.3)
     model = Kriging(spots, noise=noise, guide=y)
     places = section(seed=1)[0]
     _, _, mean = refitted(kernel, spots, y, 0.3, noise)
@@ -188,8 +226,7 @@ def test_noise_is_what_predicts_the_others_best(monkeypatch, spots, y, noise):
 
 def test_kernels_are_weighted_by_their_likelihood(monkeypatch, spots, y):
     level, pair = 0.3, [((SPACE, 1.0),), (("space 1", 0.25), (IMAGE, 0.75))]
-    monkeypatch.setattr(kriging, "mixtures", lambda names: pair)
-    monkeypatch.setattr(kriging, "NOISE", np.array([level]))
+    only(monkeypatch, *pair, level=level)
     found = Kriging(spots, guide=y).solve(y)
     predicted = [refitted(kernel, spots, y, level, None)[0] for kernel in pair]
     error = np.stack([((p - y) ** 2).mean(0) for p in predicted])
@@ -198,14 +235,14 @@ def test_kernels_are_weighted_by_their_likelihood(monkeypatch, spots, y):
     share = share / share.sum(0)
     assert ((share > 0.01) & (share < 0.99)).any()
     np.testing.assert_allclose(found.out_of_fold, (share[:, None] * np.stack(predicted)).sum(0), rtol=1e-6)
-    np.testing.assert_allclose(found.kernels[IMAGE], 0.75 * share[1], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(named(found.kernels)[IMAGE], 0.75 * share[1], rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(sum(found.kernels.values()), 1, rtol=1e-9)
     length = (2 * share[0] + 0.25 * share[1]) / (share[0] + 0.25 * share[1])
     np.testing.assert_allclose(found.length, length, rtol=1e-6)
 
 
 def test_spots_almost_without_noise_are_interpolated(monkeypatch, spots, y, noise):
-    only(monkeypatch, ((SPACE, 0.5), (IMAGE, 0.5)), 1e-9)
+    only(monkeypatch, ((SPACE, 0.5), (IMAGE, 0.5)), level=1e-9)
     model = Kriging(spots, noise=noise, guide=y)
     np.testing.assert_allclose(model.predict(model.solve(y), spots), y, atol=1e-5)
 
@@ -284,7 +321,7 @@ def test_without_an_image_nothing_comes_from_it(spots, y):
     model = Kriging(Places(spots.xy), guide=y)
     field = model.solve(y)
     assert (field.from_image == 0).all()
-    assert all(name.startswith("space") for name in field.kernels)
+    assert not any(kernel.of_image for kernel in field.kernels)
     assert field.from_neighbors[0] > 0.3
 
 
@@ -312,9 +349,9 @@ def test_with_more_spots_kernels_are_chosen_on_patches_and_the_result_is_close(m
     every = Kriging(spots, guide=y)
     monkeypatch.setattr(kriging, "ALL_KERNELS_UP_TO", 160)
     chosen = Kriging(spots, guide=y)
-    kernels = [solved.kernel for solved in chosen.solved]
+    kernels = [str(spectrum.kernel) for spectrum in chosen.spectra]
     assert len(kernels) == int(43 * (160 / 400) ** 3) == 2
-    assert set(kernels) < {solved.kernel for solved in every.solved}
+    assert set(kernels) < {str(spectrum.kernel) for spectrum in every.spectra}
     a, b = every.solve(y), chosen.solve(y)
     off = ((a.out_of_fold - b.out_of_fold) ** 2).mean(0) / y.var(0)
     assert (off < 0.03).all()
@@ -326,42 +363,61 @@ def test_with_more_spots_kernels_are_chosen_on_patches_and_the_result_is_close(m
 def test_up_to_600_spots_all_kernels_are_solved_and_beyond_some():
     xy = np.stack(np.meshgrid(np.arange(25.0), np.arange(25.0)), -1).reshape(-1, 2)
     y = np.sin(xy[:, :1] / 3)
-    assert [s.kernel for s in Kriging(Places(xy[:600]), guide=y[:600]).solved] == kriging.mixtures(
-        [f"space {length:g}" for length in kriging.LENGTHS]
-    )
+    assert [s.kernel for s in Kriging(Places(xy[:600]), guide=y[:600]).spectra] == kernels_of_space()
     few = Kriging(Places(xy), guide=y)
-    assert len(few.solved) == int(4 * (600 / 625) ** 3)
+    assert len(few.spectra) == int(4 * (600 / 625) ** 3)
     again = Kriging(Places(xy), guide=y)
-    assert [s.kernel for s in few.solved] == [s.kernel for s in again.solved]
+    assert [s.kernel for s in few.spectra] == [s.kernel for s in again.spectra]
 
 
 @pytest.mark.parametrize(("column", "kind"), [(1, "space"), (2, "image")])
 def test_the_kernels_chosen_are_those_that_predict_the_guide(monkeypatch, column, kind):
     spots, y = smooth(12)
     monkeypatch.setattr(kriging, "ALL_KERNELS_UP_TO", 80)
-    best = Kriging(spots, guide=y[:, [column]]).solved[0].kernel
-    assert sum(share for name, share in best if name.startswith(kind)) >= 0.5
+    best = Kriging(spots, guide=y[:, [column]]).spectra[0].kernel
+    assert sum(share for share, term in best.terms if term.of_image == (kind == "image")) >= 0.5
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["space 1", "space 4", "image linear", "image 0.7", "image 1.4"])
-def test_waves_have_the_covariance_of_their_kernel(spots, name):
-    basis, places = Basis.of(spots), spots[:12]
-    total, n, n_fields = 0, 60, 200
+WAVES = {
+    **{name: [(name, 1.0)] for name in ("space 1", "space 4", "image linear", "image 0.7", "image 1.4")},
+    "sum": [("space 2", 0.3), ("image linear", 0.7)],
+}
+
+
+def covariance_of_waves(kernel, places, n=60, n_fields=200):
+    total = 0
     for seed in range(n):
-        fields = basis.wave(name, n_fields, np.random.default_rng(seed))(places)
-        assert fields.shape == (12, n_fields)
+        fields = kernel.wave(n_fields, np.random.default_rng(seed))(places)
+        assert fields.shape == (len(places), n_fields)
         total = total + fields @ fields.T / n_fields / n
-    expected = basis.between(places, places, [name])[name]
+    return total
+
+
+@pytest.mark.parametrize("name", WAVES)
+def test_waves_have_the_covariance_of_their_kernel(spots, name):
+    places = spots[:12]
+    kernel = sum_of(WAVES[name], kernels_of(spots).values())
+    expected = kernel(places, places)
     scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
-    assert np.abs((total - expected) / scale).max() < 0.06  # several standard errors of a mean over 12,000 draws
+    found = covariance_of_waves(kernel, places)
+    assert np.abs((found - expected) / scale).max() < 0.06  # several standard errors of a mean over 12,000 draws
+
+
+def test_waves_of_a_product_and_of_sections_have_the_covariance_of_the_kernel(spots):
+    places = Places(spots.xy[:12], spots.features[:12], np.arange(12) % 3 - 1)
+    kernel: Kernel = Matern(4.0) * Gaussian(1.4, FeatureSpace.of(spots.features))
+    found, expected = covariance_of_waves(kernel, places), kernel(places, places)
+    assert np.abs(found - expected).max() < 0.08
+    assert (found[places.section < 0] == 0).all()
+    assert np.abs(covariance_of_waves(kernel, spots[:12]) - kernel(spots[:12], spots[:12])).max() < 0.08
 
 
 @pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[3], KERNELS[4]])
 def test_draws_have_the_covariance_of_the_posterior(monkeypatch, spots, y, noise, kernel):
-    only(monkeypatch, kernel, 0.3)
+    only(monkeypatch, kernel, level=0.3)
     model, y = Kriging(spots, noise=noise, guide=y), y[:, :2]
     field = model.solve(y)
     places = Places(np.array([[1.0, 1.0], [1.5, 1.2], [9.0, 9.0]]), spots.features[:3] * 1.1)
@@ -404,7 +460,7 @@ def test_draws_leave_nothing_open_where_there_is_nothing_to_know(spots):
 
 
 def test_draws_agree_at_spots_almost_without_noise(monkeypatch, spots, y):
-    only(monkeypatch, ((SPACE, 1.0),), 1e-9)
+    only(monkeypatch, ((SPACE, 1.0),), level=1e-9)
     model = Kriging(spots, guide=y)
     draw = model.draw(y, model.solve(y), 4, 0)
     far = Places(np.array([[40.0, 40.0]]), spots.features[:1])

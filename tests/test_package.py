@@ -27,7 +27,18 @@ SOURCE = ROOT / "src" / "stgen"
 DOCS = ROOT / "docs"
 
 NAMESPACES = ["datasets", "models", "pl", "pp", "tl"]
-LAYER_1 = ["data", "diffusion", "features", "kriging", "measurement", "metrics", "models", "train", "transforms"]
+LAYER_1 = [
+    "data",
+    "diffusion",
+    "features",
+    "kernels",
+    "kriging",
+    "measurement",
+    "metrics",
+    "models",
+    "train",
+    "transforms",
+]
 SPATIAL = {"anndata", "scanpy", "spatialdata", "spatialdata_io", "squidpy"}
 
 

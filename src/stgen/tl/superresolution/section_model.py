@@ -91,7 +91,9 @@ class SectionModel:
         used = np.where(np.isfinite(self.shared.length[:-1]), weight, 0)
         variance = (self.scores**2).mean(0) / max((self.scores**2).mean(0).sum(), 1e-12)
         return {
-            "kernels": {name: round(float(share[:-1] @ weight), 4) for name, share in self.shared.kernels.items()},
+            "kernels": {
+                str(kernel): round(float(share[:-1] @ weight), 4) for kernel, share in self.shared.kernels.items()
+            },
             "correlation_length_um": round(float(length @ used / max(used.sum(), 1e-12)) * pitch_um, 2),
             "from_image": round(float(self.shared.from_image[:-1] @ variance), 4),
             "from_neighbors": round(float(self.shared.from_neighbors[:-1] @ variance), 4),
