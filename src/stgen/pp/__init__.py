@@ -10,6 +10,7 @@ from ._nuclei import segment_nuclei
 from ._rasterize import degrade, rasterize
 from ._spots import simulate_spots, spots_to_map
 from ._tiles import tile_grid
+from ._to_spatialdata import to_spatialdata
 
 __all__ = [
     "AlignmentReport",
@@ -23,4 +24,5 @@ __all__ = [
     "simulate_spots",
     "spots_to_map",
     "tile_grid",
+    "to_spatialdata",
 ]
