@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "stgen"
 DOCS = ROOT / "docs"
 
-NAMESPACES = ["datasets", "models", "pl", "pp", "tl"]
+NAMESPACES = ["datasets", "io", "models", "pl", "pp", "tl"]
 LAYER_1 = [
     "data",
     "diffusion",
@@ -101,7 +101,7 @@ def test_models_need_no_spatial_library() -> None:
 
 def test_namespaces_are_there_when_first_used() -> None:
     assert loaded_by("import stgen; stgen.models.load; stgen.pl.maps") >= {"stgen", "torch"}
-    assert {"datasets", "models", "pl", "pp", "tl", "__version__"} <= set(dir(stgen))
+    assert {"datasets", "io", "models", "pl", "pp", "tl", "__version__"} <= set(dir(stgen))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = stgen.nothing
 

@@ -1,8 +1,8 @@
 """Sharpen spatial transcriptomics with histology, and predict expression from histology alone.
 
 The namespaces follow scanpy: :mod:`stgen.pp` prepares, :mod:`stgen.tl` fits and predicts, :mod:`stgen.pl` draws,
-:mod:`stgen.models` holds the models and :mod:`stgen.datasets` the data. They are imported when first used, so that
-``import stgen`` is fast and :mod:`stgen.models` needs torch and numpy only.
+:mod:`stgen.io` exports, :mod:`stgen.models` holds the models and :mod:`stgen.datasets` the data. They are imported when
+first used, so that ``import stgen`` is fast and :mod:`stgen.models` needs torch and numpy only.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import datasets, models, pl, pp, tl
+    from . import datasets, io, models, pl, pp, tl
 
-__all__ = ["datasets", "models", "pl", "pp", "tl"]
+__all__ = ["datasets", "io", "models", "pl", "pp", "tl"]
 __version__ = version("stgen")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import shapely
 from shapely import Polygon, box
 from spatialdata import SpatialData
 from xarray import DataArray, DataTree
@@ -13,11 +14,12 @@ from stgen._checks import only_key
 from stgen._spatial.grid import Grid, apply_affine
 from stgen._spatial.image import image_levels
 
-__all__ = ["LabelsWindow", "finest_mask", "labels_window"]
+__all__ = ["LabelsWindow", "finest_mask", "labels_window", "outlines"]
 
 logger = logging.getLogger("stgen")
 
 SAMPLES = 2  # along a side of a pixel that is read
+ROWS = 2048  # of a mask that are read at a time
 STRIP = 32  # bins that are looked at at a time, in both directions
 
 
@@ -110,3 +112,29 @@ class LabelsWindow:
             labeled[inside] = part[row[inside] - top, column[inside] - left] > 0
         shape = height * self.px_per_bin, SAMPLES, width * self.px_per_bin, SAMPLES
         return labeled.reshape(shape).mean((1, 3))
+
+
+def outlines(mask: DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Outlines of the labels of a mask ``(y, x)`` along the sides of its pixels, from 0 at its corner.
+
+    Returns
+    -------
+    The labels, ``(n,)``, and a polygon of each, or several as one, ``(n,)``.
+    """
+    labels, boxes = [], []
+    for top in range(0, mask.sizes["y"], ROWS):
+        values = np.asarray(mask[top : top + ROWS].data)
+        starts = np.diff(values, axis=1, prepend=values[:, :1] + 1) != 0  # of runs of one label in a row
+        y, x = np.nonzero(starts)
+        after = np.append(x[1:], values.shape[1])
+        stop = np.where(np.append(y[1:], -1) == y, after, values.shape[1])
+        label = values[y, x]
+        kept = label != 0
+        labels.append(label[kept])
+        boxes.append(shapely.box(x[kept], y[kept] + top, stop[kept], y[kept] + top + 1))
+    label, box_of = np.concatenate(labels), np.concatenate(boxes)
+    order = np.argsort(label, kind="stable")
+    numbers, first = np.unique(label[order], return_index=True)
+    parts = np.split(box_of[order], first[1:]) if len(numbers) else []
+    whole = np.array([shapely.union_all(part) for part in parts], dtype=object)
+    return numbers, shapely.simplify(whole, 0)  # without corners on straight sides
