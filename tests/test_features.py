@@ -119,7 +119,7 @@ def test_color_of_a_bin_is_its_mean_optical_density(image, found):
 def test_spread_is_that_of_the_pixels_of_a_bin(image, found):
     density = -np.log(np.clip(image, 1 / 255, 1)).astype(float)
     spread = np.sqrt(np.maximum(by_bin(density**2) - by_bin(density) ** 2, 0))
-    np.testing.assert_allclose(np.exp(found[3:6]) - features.FLOOR, spread, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(np.exp(found[3:6]) - stgen.features.FLOOR, spread, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 1.9, 4.0, 8.5, 16.0])
@@ -127,7 +127,7 @@ def test_wide_averages_are_gaussians(sigma):
     n = 201
     values = np.zeros((1, n, n))
     values[0, n // 2, n // 2] = 1
-    found = stgen.features._blurred(values, sigma)[0].sum(0)
+    found = stgen.features._averaged(values, sigma)[0].sum(0)
     assert found.sum() == pytest.approx(1, rel=1e-3)  # nothing is lost
     at = np.arange(n) - n // 2
     assert found @ at == pytest.approx(0, abs=1e-6)
@@ -138,14 +138,14 @@ def test_wide_averages_are_gaussians(sigma):
 def test_wide_averages_are_near_those_at_full_resolution(sigma):
     values = gaussian_filter(np.random.default_rng(0).normal(size=(1, 101, 143)), (0, 3, 3))
     expected = gaussian_filter(values, (0, sigma, sigma), mode="nearest", truncate=3.0)
-    off = stgen.features._blurred(values, sigma) - expected
+    off = stgen.features._averaged(values, sigma) - expected
     assert np.sqrt((off**2).mean()) < 0.1 * expected.std()
 
 
 def test_a_ramp_stays_a_ramp_inside():
     ramp = np.broadcast_to(np.arange(128.0, dtype=np.float32), (1, 128, 128))
     for sigma in (1.5, 6.0, 11.0):
-        found = stgen.features._blurred(ramp, sigma)[0, 64, 48:80]
+        found = stgen.features._averaged(ramp, sigma)[0, 64, 48:80]
         np.testing.assert_allclose(found, ramp[0, 64, 48:80], atol=0.02)
 
 
@@ -162,7 +162,7 @@ def test_edges_are_those_of_a_ramp():
     ramp = np.broadcast_to(np.linspace(0, 1, n, dtype=np.float32), (1, n, n))
     quantities = stgen.features.pixel_quantities(stgen.features.torch.as_tensor(ramp.copy()), mpp)["structure"].numpy()
     inside = quantities[:, 20:-20, 20:-20]
-    for number, sigma in enumerate(features.EDGE_UM):
+    for number, sigma in enumerate(stgen.features.EDGE_UM):
         slope = sigma / mpp / (n - 1)
         expected = np.array([slope**2, slope**2, 0])[:, None, None]
         np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""The two main jobs on the built-in sections: ``python -m stgen._demo --out demo-output``."""
+"""The two main jobs on the built-in sections: ``python -m stgen --out demo-output``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -108,14 +109,14 @@ def _predict_expression(train: Mapping[str, SpatialData], test: SpatialData, out
 def _sharpen_maps(train: Mapping[str, SpatialData], test: SpatialData, out: Path) -> None:
     """Make maps of 20 µm from spots of 55 µm and histology, and score against molecules that the spots did not see."""
     logger.info("4. Sharper maps: every molecule goes to the spots (55 µm, 100 µm apart) or to the true map (20 µm).")
-    bins = {"bin_um": 20.0, "factor": 5}
+    bins: dict[str, Any] = {"bin_um": 20.0, "factor": 5}
     for section in [*train.values(), test]:
         pp.simulate_spots(section, points_key="transcripts", genes=MAP_GENES, thin=0.5, key_added="visium")
         pp.rasterize(section, points_key="visium_rest", genes=MAP_GENES, bin_um=bins["bin_um"],
                      bounds_um=(0, 0, SIZE_UM, SIZE_UM), key_added="truth")  # fmt: skip
 
     logger.info("5. Fit Diff-ST, and the network that it has to beat, on the four: about a minute on two cores.")
-    fitted = {"bicubic": models.Interpolate(MAP_GENES, kernel="cubic", **bins)}
+    fitted: dict[str, models.Model] = {"bicubic": models.Interpolate(MAP_GENES, kernel="cubic", **bins)}
     for name in ("RegressionUNet", "DiffST"):
         model = getattr(models, name)(MAP_GENES, **bins)
         fitted[name] = tl.fit(model, train, map_key="truth", image_key="he", low_res="visium_counts",
@@ -162,7 +163,7 @@ def _table(rows: Mapping[str, pd.Series], columns: Mapping[str, str]) -> pd.Data
 def _figure(table: pd.DataFrame, title: str, *, n_columns: int) -> tuple[Figure, np.ndarray]:
     """A figure with the scores at the bottom, and axes for three genes above."""
     figure = plt.figure(figsize=(3 * n_columns, 11.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[9.5, 2])
+    (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[9.5, 2])
     ax = lower.subplots()
     ax.axis("off")
     text = [[f"{v:.2f}" if v == v else "" for v in row] for row in table.to_numpy()]
@@ -172,7 +173,3 @@ def _figure(table: pd.DataFrame, title: str, *, n_columns: int) -> tuple[Figure,
     drawn.scale(0.85, 1.7)
     ax.set_title(title, fontsize=11)
     return figure, upper.subplots(3, n_columns)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-__all__ = ["FEATURE_UM", "bin_features", "pixel_quantities"]
+__all__ = ["FEATURE_UM", "bin_features", "gaussian_blur", "pixel_quantities"]
 
 FLOOR = 0.01  # added before a logarithm is taken
 NUCLEUS_UM = 2.0  # standard deviation of a Gaussian that fits a nucleus
@@ -67,13 +67,13 @@ def bin_features(
     parts = []
     for y in tqdm(range(0, height, rows), desc="histology", unit="strip", disable=not progress):
         first, last = max(y - margin, 0), min(y + rows + margin, height)
-        quantities = pixel_quantities(torch.as_tensor(read(first, 0, last - first, width)), mpp)
+        of_pixels = pixel_quantities(torch.as_tensor(read(first, 0, last - first, width)), mpp)
         kept = slice(y - first, min(y + rows, height) - first)
-        parts.append({name: F.avg_pool2d(value, px_per_bin)[:, kept].numpy() for name, value in quantities.items()})
+        parts.append({name: F.avg_pool2d(value, px_per_bin)[:, kept].numpy() for name, value in of_pixels.items()})
     quantities = {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
     return np.concatenate(
         [
-            _features({name: _blurred(value, scale / bin_um) for name, value in quantities.items()})
+            _features({name: _averaged(value, scale / bin_um) for name, value in quantities.items()})
             for scale in scales_um
         ]
     )
@@ -104,14 +104,14 @@ def pixel_quantities(image: Tensor, mpp: float) -> dict[str, Tensor]:
         planes = torch.cat([torch.einsum("chw,cs->shw", color, unmix), color.mean(0, keepdim=True)])
     structure = []
     for sigma in EDGE_UM:
-        blurred = _gaussian(planes, max(sigma / mpp, 0.5))
+        blurred = gaussian_blur(planes, max(sigma / mpp, 0.5))
         d_y, d_x = (slope * sigma / mpp for slope in torch.gradient(blurred, dim=(1, 2)))
         structure += [d_x**2 + d_y**2, d_x**2 - d_y**2, 2 * d_x * d_y]
     exact = color.double()  # spreads are small differences of averages
     out = {"color": exact, "square": exact**2, "structure": torch.cat(structure)}
     if brightfield and mpp <= NUCLEI_UP_TO_MPP:
         hematoxylin, sigma = planes[:1], max(NUCLEUS_UM / mpp, 0.7)
-        blob = _gaussian(hematoxylin, sigma) - _gaussian(hematoxylin, 2 * sigma)
+        blob = gaussian_blur(hematoxylin, sigma) - gaussian_blur(hematoxylin, 2 * sigma)
         inside = (blob > NUCLEUS_CONTRAST).float()
         peak = inside * (blob == F.max_pool2d(blob, 3, stride=1, padding=1))
         out["nuclei"] = torch.cat([peak * (10 / mpp) ** 2, inside, hematoxylin * inside])  # per 10 x 10 µm
@@ -135,7 +135,7 @@ def _features(average: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
-def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
+def _averaged(values: np.ndarray, sigma: float) -> np.ndarray:
     """Average maps with a Gaussian of ``sigma`` bins; wide ones at a lower resolution."""
     if sigma <= 0:
         return values
@@ -143,15 +143,25 @@ def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
     side -= 1 - side % 2  # odd, so that whole blocks can be made of any map by the same margin on both ends
     size = values.shape[1:]
     margin = [(-n % side + side * (-n % side % 2)) // 2 for n in size]
-    small = torch.as_tensor(np.pad(values, ((0, 0), *((n, n) for n in margin)), mode="edge"))
-    small = F.avg_pool2d(small, side).numpy()
+    small = F.avg_pool2d(torch.as_tensor(np.pad(values, ((0, 0), *((n, n) for n in margin)), mode="edge")), side)
     left = np.sqrt(max(sigma**2 - (side**2 - 1) / 6, 0.25)) / side  # averaging and interpolating have blurred already
-    small = ndimage.gaussian_filter(small, (0, left, left), mode="nearest", truncate=3.0)
+    small = gaussian_blur(small, left)
     if side == 1:
-        return small
-    wide = F.interpolate(torch.as_tensor(small)[None], scale_factor=side, mode="bilinear", align_corners=False)[0]
+        return small.numpy()
+    wide = F.interpolate(small[None], scale_factor=side, mode="bilinear", align_corners=False)[0]
     return wide[:, margin[0] : margin[0] + size[0], margin[1] : margin[1] + size[1]].numpy()
 
 
-def _gaussian(planes: Tensor, sigma: float) -> Tensor:
-    return torch.as_tensor(ndimage.gaussian_filter(planes.numpy(), (0, sigma, sigma), mode="nearest", truncate=3.0))
+def gaussian_blur(x: Tensor, sigma: float, *, radius: int | None = None, repeat_edge: bool = True) -> Tensor:
+    """Average maps ``(..., y, x)`` with a Gaussian, cut off at ``radius``: by default at three standard deviations.
+
+    Beyond the border is what is at the border; without ``repeat_edge`` there is nothing, and the average is over the rest.
+    """
+    mode = "nearest" if repeat_edge else "constant"
+
+    def blur(x: Tensor) -> Tensor:
+        values = x.cpu().numpy()
+        values = ndimage.gaussian_filter(values, sigma, mode=mode, truncate=3.0, radius=radius, axes=(-2, -1))
+        return torch.as_tensor(values, device=x.device)
+
+    return blur(x) if repeat_edge else blur(x) / blur(torch.ones_like(x))

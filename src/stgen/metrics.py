@@ -8,6 +8,8 @@ decides how to average.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -60,7 +62,7 @@ def pcc(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.divide((pred * truth).sum(0), norm, out=np.zeros(pred.shape[1]), where=norm > tiny)
 
 
-def top_k(scores: np.ndarray, k: int, *, ranking: np.ndarray | None = None) -> float:
+def top_k(scores: np.ndarray, k: int, *, ranking: np.ndarray | Sequence[int] | None = None) -> float:
     """Mean score of ``k`` genes: PCC-k of the literature.
 
     Parameters

@@ -336,7 +336,7 @@ def _seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def check_device(device: str | None) -> torch.device:
+def check_device(device: str | torch.device | None) -> torch.device:
     """The named device; by default a GPU if there is one, else the CPU.
 
     Raises

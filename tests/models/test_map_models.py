@@ -11,10 +11,10 @@ from torch.utils.data import default_collate
 
 from stgen import models
 from stgen.data import MapData, MapSection, dihedral
+from stgen.features import gaussian_blur
 from stgen.measurement import Measurement
 from stgen.models import DiffST, Interpolate, LinearProbe, PixelProbe, RegressionUNet
 from stgen.models._layers import ChannelNorm, ImageStem, PixelAttention, ResBlock, UNet, draw_weights, prime_factors
-from stgen.models._map_baselines import gaussian_blur
 from stgen.models._maps import GeneScale, ImageScale
 
 GENES = ["A", "B"]
@@ -317,11 +317,14 @@ def test_projection_and_samples_of_a_deterministic_model(name, data):
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
 def test_blur_is_that_of_scipy(sigma):
     x = torch.rand(1, 2, 12, 15)
-    kwargs = {"mode": "constant", "radius": int(np.ceil(3 * sigma))}
+    radius = int(np.ceil(3 * sigma))
+    kwargs = {"mode": "constant", "radius": radius}
     expected = np.stack([gaussian_filter(m, sigma, **kwargs) for m in x[0].numpy()])
     weight = gaussian_filter(np.ones((12, 15)), sigma, **kwargs)
-    np.testing.assert_allclose(gaussian_blur(x, sigma)[0], expected / weight, rtol=1e-4)
-    torch.testing.assert_close(gaussian_blur(torch.full((1, 1, 9, 9), 2.5), sigma), torch.full((1, 1, 9, 9), 2.5))
+    blurred = gaussian_blur(x, sigma, radius=radius, repeat_edge=False)
+    np.testing.assert_allclose(blurred[0], expected / weight, rtol=1e-4)
+    constant = torch.full((1, 1, 9, 9), 2.5)
+    torch.testing.assert_close(gaussian_blur(constant, sigma, radius=radius, repeat_edge=False), constant)
 
 
 @pytest.mark.parametrize("view", range(8))

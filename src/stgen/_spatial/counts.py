@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import numpy as np
 from anndata import AnnData
@@ -16,6 +17,14 @@ __all__ = ["check_not_empty", "get_counts"]
 logger = logging.getLogger("stgen")
 
 
+@overload
+def get_counts(
+    table: AnnData, *, genes: Sequence[str] | None = None, layer: str | None = None, dense: Literal[True] = True
+) -> np.ndarray: ...
+@overload
+def get_counts(
+    table: AnnData, *, genes: Sequence[str] | None = None, layer: str | None = None, dense: Literal[False]
+) -> sparse.csr_array: ...
 def get_counts(
     table: AnnData, *, genes: Sequence[str] | None = None, layer: str | None = None, dense: bool = True
 ) -> np.ndarray | sparse.csr_array:

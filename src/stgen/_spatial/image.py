@@ -220,16 +220,16 @@ class Histology:
         """A window of one level averaged over ``shrink`` x ``shrink`` pixels, its edge repeated outside the image."""
         level = self.levels[index]
         n_y, n_x = level.sizes["y"] // shrink, level.sizes["x"] // shrink
-        ys, xs = np.clip([y0, y1], 0, n_y), np.clip([x0, x1], 0, n_x)
+        (top, bottom), (left, right) = np.clip([y0, y1], 0, n_y), np.clip([x0, x1], 0, n_x)
         # a window that lies wholly outside still needs one pixel to repeat
-        ys = (min(ys[0], n_y - 1), max(ys[1], 1))
-        xs = (min(xs[0], n_x - 1), max(xs[1], 1))
-        window = np.asarray(level[:, ys[0] * shrink : ys[1] * shrink, xs[0] * shrink : xs[1] * shrink].data)
+        top, bottom = min(top, n_y - 1), max(bottom, 1)
+        left, right = min(left, n_x - 1), max(right, 1)
+        window = np.asarray(level[:, top * shrink : bottom * shrink, left * shrink : right * shrink].data)
         if shrink > 1:
-            blocks = window.reshape(-1, ys[1] - ys[0], shrink, xs[1] - xs[0], shrink)
+            blocks = window.reshape(-1, bottom - top, shrink, right - left, shrink)
             window = blocks.mean(4, dtype=np.float32).mean(2)
-        rows = np.clip(np.arange(y0, y1), ys[0], ys[1] - 1) - ys[0]
-        columns = np.clip(np.arange(x0, x1), xs[0], xs[1] - 1) - xs[0]
+        rows = np.clip(np.arange(y0, y1), top, bottom - 1) - top
+        columns = np.clip(np.arange(x0, x1), left, right - 1) - left
         if len(rows) == window.shape[1] and len(columns) == window.shape[2]:
             return window
         return window[:, rows][:, :, columns]

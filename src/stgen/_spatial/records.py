@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 
-def check_new_key(container: Mapping, key: str, *, overwrite: bool, what: str) -> None:
+def check_new_key(container: Mapping[str, Any], key: str, *, overwrite: bool, what: str) -> None:
     """Refuse a key that exists, unless it may be overwritten."""
     if key in container and not overwrite:
         raise ValueError(f"{what}[{key!r}] exists already. Pass overwrite=True to replace it, or another key_added=.")
@@ -73,7 +74,7 @@ def recorded_layer(sdata: SpatialData, keys: Sequence[str], low_res: str) -> str
 def write_image(
     sdata: SpatialData,
     key: str,
-    values: np.ndarray,
+    values: np.ndarray | da.Array,
     *,
     channels: Sequence[str],
     transformations: Mapping[str, BaseTransformation],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -56,6 +56,13 @@ class Section:
     """Diameter of a spot, if the locations are circles of one size."""
     image_key: str | None = None
     table_key: str | None = None
+
+    @property
+    def histology(self) -> Histology:
+        """The image, of a section that was found with ``need_image=True``."""
+        if self.image is None:
+            raise ValueError("There is no image to read; pass image_key=<one of the object's images>.")
+        return self.image
 
     @property
     def xy_um(self) -> np.ndarray:
@@ -143,7 +150,7 @@ def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float |
             'mapping (stgen.tl.fit): {name: adata[adata.obs["library_id"] == name].copy() for name in libraries}, with '
             'only its own entry in uns["spatial"] of each.'
         )
-    library = next(iter(libraries.values()), {})
+    library: Mapping[str, Any] = next(iter(libraries.values()), {})
     factors = library.get("scalefactors", {})
     diameter = spot_diameter(xy, factors.get("spot_diameter_fullres"))
     if mpp is None and factors:

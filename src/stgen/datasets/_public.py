@@ -138,25 +138,26 @@ def _find(call: str, folder: str, files: list[_File], path: str | os.PathLike | 
                 + ("." if any(f.url is None for f in files) else ", or leave path out to download the section.")
             )
         logger.info("%s has no complete %s; looking for it at its public source.", origin, folder)
-    if any(f.url is None for f in files):
+    sources = [(f.url, f.sha256) for f in files if f.url is not None and f.sha256 is not None]
+    if len(sources) < len(files):
         raise FileNotFoundError(
             f"{folder} was put together from tiles and cannot be downloaded. It needs a folder with {', '.join(names)}: "
             f"{call.format(path='path=...')}, or set the environment variable STGEN_DATA to the folder that holds "
             f"{folder}."
         )
-    return [_download(f, folder, call) for f in files]
+    return [_download(url, sha256, folder, call) for url, sha256 in sources]
 
 
-def _download(file: _File, folder: str, call: str) -> Path:
+def _download(url: str, sha256: str, folder: str, call: str) -> Path:
     """Fetch one file into the cache, and verify its checksum."""
     import pooch
 
     cache = Path(pooch.os_cache("stgen")) / folder
     try:
-        got = pooch.retrieve(file.url, known_hash=f"sha256:{file.sha256}", fname=file.url.rsplit("/", 1)[1], path=cache)
+        got = pooch.retrieve(url, known_hash=f"sha256:{sha256}", fname=url.rsplit("/", 1)[1], path=cache)
     except OSError as error:
         raise ConnectionError(
-            f"Could not download {file.url} ({error}). Download it by hand, and pass the folder: "
+            f"Could not download {url} ({error}). Download it by hand, and pass the folder: "
             f"{call.format(path='path=...')}."
         ) from error
     return Path(got)

@@ -235,7 +235,9 @@ def _blood(tissue: Tissue, rng: np.random.Generator) -> np.ndarray:
     return np.column_stack([xy, rng.uniform(2.6, 3.4, len(xy)), rng.uniform(0.55, 0.95, len(xy))])
 
 
-def _window(xy: np.ndarray, reach: float, x0: int, y0: int, shape: tuple, mpp: float):
+def _window(
+    xy: np.ndarray, reach: float, x0: int, y0: int, shape: tuple[int, ...], mpp: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels within `reach` µm of each point: which point, offsets in µm, flat pixel index."""
     k = int(np.ceil(reach / mpp)) + 1
     step = np.arange(-k, k + 1)
@@ -247,9 +249,9 @@ def _window(xy: np.ndarray, reach: float, x0: int, y0: int, shape: tuple, mpp: f
     return dx, dy, np.where(ok, row * shape[1] + col, -1)
 
 
-def _visible(xy: np.ndarray, reach: float, x0: int, y0: int, shape: tuple, mpp: float) -> np.ndarray:
+def _visible(xy: np.ndarray, reach: float, x0: int, y0: int, shape: tuple[int, ...], mpp: float) -> np.ndarray:
     lo, hi = np.array([x0, y0]) * mpp - reach, np.array([x0 + shape[1], y0 + shape[0]]) * mpp + reach
-    return ((xy > lo) & (xy < hi)).all(1)
+    return np.all((xy > lo) & (xy < hi), axis=1)
 
 
 def _splat_discs(out: np.ndarray, discs: np.ndarray, x0: int, y0: int, mpp: float) -> None:

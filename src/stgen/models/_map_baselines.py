@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stgen.data import Batch, MapData, SpotData
 from stgen.diffusion import weighted_mean
+from stgen.features import gaussian_blur
 from stgen.measurement import Kernel
 from stgen.models._base import SteppedModel
 from stgen.models._baselines import LinearProbe
@@ -130,7 +131,11 @@ class PixelProbe(PointMapModel):
         mean = F.avg_pool2d(batch["h"], side)
         spread = (F.avg_pool2d(batch["h"].square(), side) - mean.square()).clamp(min=0).sqrt()
         plain = torch.cat([mean, spread], 1)
-        return torch.cat([plain, *(gaussian_blur(plain, sigma) for sigma in self.config["blurs"]), batch["y"]], 1)
+        blurred = [
+            gaussian_blur(plain, sigma, radius=int(np.ceil(3 * sigma)), repeat_edge=False)
+            for sigma in self.config["blurs"]
+        ]
+        return torch.cat([plain, *blurred, batch["y"]], 1)
 
     def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> dict[str, list[float]]:
         """Solve on training and validation tiles together: validation happens inside. There are no options."""
@@ -151,19 +156,6 @@ class PixelProbe(PointMapModel):
     def predict(self, batch: Batch) -> Tensor:
         """The linear prediction."""
         return self.probe.predict(self.features(batch).movedim(1, -1)).movedim(-1, 1)
-
-
-def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Blur maps ``(B, C, H, W)``; at the border the kernel is renormalized over what is there."""
-    radius = int(np.ceil(3 * sigma))
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
-
-    def blur(x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        x = F.conv2d(x, kernel[None, None, :, None].expand(channels, 1, -1, 1), padding=(radius, 0), groups=channels)
-        return F.conv2d(x, kernel[None, None, None].expand(channels, 1, 1, -1), padding=(0, radius), groups=channels)
-
-    return blur(x) / blur(torch.ones_like(x[:1, :1]))
 
 
 class RegressionUNet(SteppedModel, PointMapModel):

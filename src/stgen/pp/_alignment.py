@@ -154,7 +154,7 @@ def known_scales(data: SpatialData | AnnData) -> list[float]:
 
 def check_section(section: Section, *, scales: Iterable[float] = ()) -> AlignmentReport:
     """The check itself; see :func:`stgen.pp.check_alignment`."""
-    image, xy = section.image, section.xy_px
+    image, xy = section.histology, section.xy_px
     width_um, height_um = image.width * image.mpp, image.height * image.mpp
     longest = max(width_um, height_um)
     if not _MPP_RANGE[0] <= image.mpp <= _MPP_RANGE[1] or not _SIDE_UM_RANGE[0] <= longest <= _SIDE_UM_RANGE[1]:
@@ -175,18 +175,19 @@ def check_section(section: Section, *, scales: Iterable[float] = ()) -> Alignmen
 
     if on_tissue < 0.9:
         _raise_if_swapped(on_tissue, swapped, len(xy), found)
-    best = max(((_score(xy * s, image, mask, pixel), s) for s in scales), key=lambda r: r[0][1] * r[0][2], default=None)
-    fits = best is not None and best[0][1] >= 0.8 and best[0][2] >= 0.4
+    scaled = [(s, *_score(xy * s, image, mask, pixel)[1:]) for s in scales]
+    factor, share, span = max(scaled, key=lambda found: found[1] * found[2], default=(1.0, 0.0, 0.0))
+    fits = share >= 0.8 and span >= 0.4
     advice = ""
     if fits:
         advice = (
-            f"Multiplied by {best[1]:.4g} (a scale factor of this object), {100 * best[0][1]:.0f} % lie on tissue: the "
+            f"Multiplied by {factor:.4g} (a scale factor of this object), {100 * share:.0f} % lie on tissue: the "
             "coordinates are of another resolution than assumed. Use the image that they were measured on, or correct "
-            f'them: adata.obsm["spatial"] *= {best[1]:.6g} (AnnData), or set_transformation(shapes, Scale(...)).'
+            f'them: adata.obsm["spatial"] *= {factor:.6g} (AnnData), or set_transformation(shapes, Scale(...)).'
         )
     if n_outside > 0.01 * len(xy):
         raise ValueError(f"{n_outside} of {len(xy)} locations lie outside the image. {found} {advice or _MEND}")
-    if informative and fits and best[0][1] > on_tissue + 0.25:
+    if informative and fits and share > on_tissue + 0.25:
         raise ValueError(f"The locations are at the wrong scale. {found} {advice}")
     if informative and on_tissue < 0.1:
         raise ValueError(f"The locations do not overlap with tissue. {found} {_MEND}")
@@ -198,7 +199,7 @@ def check_section(section: Section, *, scales: Iterable[float] = ()) -> Alignmen
         )
     if informative and on_tissue < 0.5:
         warnings.append(f"Only {100 * on_tissue:.0f} % of the locations lie on tissue. {_MEND}")
-    if fits and extent < 0.05 and best[0][2] > 0.5:
+    if fits and extent < 0.05 and span > 0.5:
         warnings.append(f"The locations cover {100 * extent:.1f} % of the tissue's extent. {advice}")
     pitch, hexagonal = spot_pitch(xy)
     pitch_um = pitch * image.mpp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -124,10 +124,11 @@ def embed(
     if isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, found {batch_size!r}.")
     where = {"table_key": table_key, "shapes_key": shapes_key}
-    device = check_device(device)
+    home = check_device(device)
     section = get_section(
         data, image_key=image_key, mpp=mpp, coordinate_system=coordinate_system, need_image=True, **where
     )
+    image = section.histology
     parts = list(model or []) if model is None or isinstance(model, list | tuple) else [model]
     if key_added is None:
         key_added = "X_" + "_".join(_label(part) for part in parts)
@@ -135,21 +136,21 @@ def embed(
     if views == 8:
         check_new_key(section.table.obsm, f"{key_added}_views", overwrite=overwrite, what="obsm")
     check_section(section, scales=known_scales(data))
-    encoders = get_encoders(model, patch_um=patch_um, patch_px=patch_px, device=device)
+    encoders = get_encoders(model, patch_um=patch_um, patch_px=patch_px, device=home)
 
-    if section.image.n_channels != 3 and any(encoder.rgb_only for encoder in encoders):
+    if image.n_channels != 3 and any(encoder.rgb_only for encoder in encoders):
         raise ValueError(
-            f"The image {section.image_key!r} has {section.image.n_channels} channels "
-            f"({', '.join(section.image.channels[:6])}); encoders of pathology models need the three of H&E. Pass another "
+            f"The image {section.image_key!r} has {image.n_channels} channels "
+            f"({', '.join(image.channels[:6])}); encoders of pathology models need the three of H&E. Pass another "
             'image_key=, or model="texture".'
         )
     finest = min(size / encoder.patch_px for encoder in encoders for size in encoder.sizes_um)
-    if section.image.mpp > 2 * finest:
+    if image.mpp > 2 * finest:
         logger.warning(
             "The image %r has %.3g µm per pixel, patches are read at %.3g: they are enlarged and carry less detail than "
             "the model expects. Use the full-resolution image, or larger patches (patch_um=).",
             section.image_key,
-            section.image.mpp,
+            image.mpp,
             finest,
         )
 
@@ -173,7 +174,7 @@ def embed(
         patch_um_given=None if patch_um is None else _joined(np.atleast_1d(patch_um)),
         patch_px_given=None if patch_px is None else int(patch_px),
         image_key=section.image_key,
-        image_mpp=section.image.mpp,
+        image_mpp=image.mpp,
         n_features=features.shape[2],
         views=views,
         by_name=all(isinstance(part, str) for part in parts),
@@ -200,7 +201,7 @@ def _values(groups: Sequence[tuple[float, ...]]) -> float | str:
     return values[0] if len(values) == 1 else _joined(values)
 
 
-def _joined(values: Sequence[float]) -> str:
+def _joined(values: Iterable[float]) -> str:
     """The numbers as text that gives exactly them again."""
     return ", ".join(repr(float(value)).removesuffix(".0") for value in values)
 
@@ -223,11 +224,11 @@ def _run(section: Section, encoders: Sequence[Encoder], *, views: int, batch_siz
 
 def _one(section: Section, encoder: Encoder, size_um: float, views: int, batch_size: int, bar: tqdm) -> np.ndarray:
     """Features (n, views, d) of one encoder and patch size."""
-    features: np.ndarray | None = None
-    patches = section.image.patches(section.xy_px, size_um=size_um, out_px=encoder.patch_px, batch_size=batch_size)
+    features = np.empty((len(section.xy_px), views, 0), dtype=np.float32)
+    patches = section.histology.patches(section.xy_px, size_um=size_um, out_px=encoder.patch_px, batch_size=batch_size)
     for rows, values in patches:
         seen = _views(encoder, torch.from_numpy(values), size_um / encoder.patch_px, views)
-        if features is None:
+        if not features.shape[2]:
             features = np.empty((len(section.xy_px), views, seen.shape[2]), dtype=np.float32)
         features[rows] = seen
         bar.update(len(rows))
@@ -247,7 +248,7 @@ def _encode(encoder: Encoder, patches: Tensor, mpp: float) -> np.ndarray:
         raise ValueError(
             f"The model {encoder.name!r} must return a tensor (n, d) for n = {len(patches)} patches; found {found}."
         )
-    out = out.detach().float().cpu().numpy()
-    if not np.isfinite(out).all():
+    values = out.detach().float().cpu().numpy()
+    if not np.isfinite(values).all():
         raise ValueError(f"The model {encoder.name!r} returned NaN or infinite values.")
-    return out
+    return values

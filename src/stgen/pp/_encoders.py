@@ -32,7 +32,7 @@ class Encoder:
     encode: Callable[[Tensor, float], Tensor]  # patches (n, c, s, s) in [0, 1] and µm per pixel -> (n, d)
     invariant: bool = False  # whether the eight dihedral views are one by construction
     rgb_only: bool = False
-    running: Callable[[], AbstractContextManager] = nullcontext  # surrounds all calls of encode
+    running: Callable[[], AbstractContextManager[None]] = nullcontext  # surrounds all calls of encode
 
 
 def get_encoders(
@@ -62,12 +62,14 @@ def get_encoders(
             encode = _on(device, texture_features)
             encoders.append(Encoder("texture", sizes or TEXTURE_UM, patch_px or TEXTURE_PX, encode, invariant=True))
             continue
-        native, running = None, nullcontext
+        native: int | None = None
+        running: Callable[[], AbstractContextManager[None]] = nullcontext
         if isinstance(part, str):
             name, encode, native = part, *_from_lazyslide(part, device)
         elif callable(part):
             name, encode = name_of(part), _from_callable(part, device)
-            running = partial(_borrowed, part, device) if isinstance(part, nn.Module) else nullcontext
+            if isinstance(part, nn.Module):
+                running = partial(_borrowed, part, device)
         else:
             raise TypeError(
                 f'`model` must be "texture", the name of an encoder, or a callable on (n, 3, h, w) tensors; found '

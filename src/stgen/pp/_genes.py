@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -144,7 +144,9 @@ def select_genes(
     return names
 
 
-def _sections(data: object) -> list[AnnData | SpatialData]:
+def _sections(
+    data: AnnData | SpatialData | Mapping[str, AnnData | SpatialData] | Iterable[AnnData | SpatialData],
+) -> list[AnnData | SpatialData]:
     if isinstance(data, AnnData | SpatialData):
         return [data]
     sections = list(data.values()) if isinstance(data, Mapping) else list(data)
@@ -202,8 +204,8 @@ def _highly_variable(x: sparse.csr_array, names: pd.Index) -> np.ndarray:
 def _differential(x: sparse.csr_array, groups: np.ndarray, names: pd.Index, n: int) -> list[str]:
     import scanpy as sc
 
-    labels, sizes = np.unique(groups, return_counts=True)
-    labels = [label for label, size in zip(labels, sizes, strict=True) if size > 1 and label != "nan"]
+    names_of_groups, sizes = np.unique(groups, return_counts=True)
+    labels = [label for label, size in zip(names_of_groups, sizes, strict=True) if size > 1 and label != "nan"]
     if len(labels) < 2:
         raise ValueError(f"flavor='deg' needs at least two groups of two locations, found {len(labels)}.")
     kept = np.isin(groups, labels)

@@ -87,8 +87,8 @@ def name_micrometers(
             "spatialdata.transformations.remove_transformation(element, key_added)."
         )
     if points_key is None:
-        check_positive("mpp", mpp)
-        um_per_unit, to_um = float(mpp), np.diag([mpp, mpp, 1.0])
+        um_per_unit = check_positive("mpp", mpp)
+        to_um = np.diag([um_per_unit, um_per_unit, 1.0])
     else:
         if points_key not in sdata.points:
             raise KeyError(f"no points {points_key!r}; sdata.points has {listed(sdata.points)}")

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 from uuid import uuid4
 
 import dask.array as da
@@ -210,7 +211,7 @@ def _one_channel(image: Histology, image_key: str, channel: str | int) -> Histol
             f"The image {image_key!r} has no channel {channel!r}; found {listed(image.channels)}. Pass channel=<one of "
             "them, or its number from 0>."
         )
-    i = channel if by_number else image.channels.index(channel)
+    i = int(channel) if by_number else image.channels.index(str(channel))
     return Histology([level[i : i + 1] for level in image.levels], mpp=image.mpp)
 
 
@@ -311,7 +312,7 @@ def _stained(image: Histology, threshold: float | None, tile_px: int, area_px: t
 def _threshold(image: Histology, read: Callable[[int, int, int, int], np.ndarray]) -> float:
     """Otsu's threshold of the stain on tissue; infinite if there is no tissue, or nothing but noise on it."""
     fine, detail, coarse = [], [], []
-    for *window, tissue in _tissue_windows(image):
+    for window, tissue in _tissue_windows(image):
         stain = read(*window)
         above = stain - ndimage.gaussian_filter(stain, _AROUND_UM / image.mpp, truncate=3)
         fine.append(ndimage.gaussian_filter(stain, _FINE_UM / image.mpp)[tissue])
@@ -319,13 +320,13 @@ def _threshold(image: Histology, read: Callable[[int, int, int, int], np.ndarray
         coarse.append(ndimage.gaussian_filter(above, _COARSE_UM / image.mpp)[tissue])
     if not fine or np.concatenate(coarse).std() < np.concatenate(detail).std() / 3:
         return np.inf
-    fine = np.concatenate(fine)
+    amount = np.concatenate(fine)
     if image.n_channels == 3:
-        return max(-np.log(threshold_otsu(np.exp(-fine))), _LEAST_DENSITY)
-    return threshold_otsu(np.sqrt(np.maximum(fine, 0))) ** 2
+        return max(-np.log(threshold_otsu(np.exp(-amount))), _LEAST_DENSITY)
+    return threshold_otsu(np.sqrt(np.maximum(amount, 0))) ** 2
 
 
-def _tissue_windows(image: Histology) -> Iterator[tuple[int, int, int, int, np.ndarray]]:
+def _tissue_windows(image: Histology) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
     """Windows x0, y0, x1, y1 spread over the tissue, and which of their pixels are tissue."""
     mask, pixel = tissue_mask(image)
     side = max(1, round(_SAMPLE_UM / image.mpp))
@@ -341,7 +342,7 @@ def _tissue_windows(image: Histology) -> Iterator[tuple[int, int, int, int, np.n
     amount = np.array([on_tissue(*window, step=max(1, side // 16)).sum() for window in windows])
     usable = np.flatnonzero(amount > amount.max() / 2)
     for i in usable[np.linspace(0, len(usable) - 1, min(len(usable), _N_SAMPLES)).astype(int)]:
-        yield *windows[i], on_tissue(*windows[i])
+        yield windows[i], on_tissue(*windows[i])
 
 
 # -- by a learned model ------------------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ def _stitch(
             continue
         number = labels.ravel()[pixel]
         y, x = np.divmod(pixel, x1 - x0)
-        drawn = store[y0:y1, x0:x1]
+        drawn = np.asarray(store[y0:y1, x0:x1])
 
         area = np.bincount(number)
         inside = (area >= area_px[0]) & (area <= area_px[1])
@@ -435,8 +436,8 @@ def _stitch(
     order = np.zeros(n_nuclei + 1, np.int32)
     order[1 + np.argsort(np.concatenate(firsts), kind="stable")] = np.arange(1, n_nuclei + 1)
 
-    def block(block_info: dict) -> np.ndarray:
-        return order[store[tuple(slice(*ends) for ends in block_info[None]["array-location"])]]
+    def block(block_info: dict[Any, Any]) -> np.ndarray:
+        return order[np.asarray(store[tuple(slice(*ends) for ends in block_info[None]["array-location"])])]
 
     chunks = da.core.normalize_chunks(_CHUNK, (height, width))
     empty = np.empty((0, 0), np.int32)

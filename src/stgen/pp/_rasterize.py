@@ -143,7 +143,7 @@ def rasterize(
     counts, seen = _count(batches(), len(names), origin, bin_um, height, width)
     if not seen.any():
         raise ValueError(
-            f"Nothing of {source!r} lies within bounds_um={tuple(bounds_um)}. They are µm along the axes of "
+            f"Nothing of {source!r} lies within bounds_um={bounds_um!r}. They are µm along the axes of "
             f"{frame.system!r}; leave them out to cover everything."
         )
     tissue = np.ones_like(seen)
@@ -500,7 +500,7 @@ def extent(locations: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def lazy_map(read: Callable[[slice, slice, slice], np.ndarray], shape: tuple[int, int, int]) -> da.Array:
     """A dask array ``(c, y, x)``, float32, of which each chunk calls ``read(genes, rows, columns)``."""
 
-    def block(block_info: dict) -> np.ndarray:
+    def block(block_info: dict[Any, Any]) -> np.ndarray:
         return read(*(slice(*ends) for ends in block_info[None]["array-location"])).astype(np.float32, copy=False)
 
     chunks = da.core.normalize_chunks((1, _CHUNK, _CHUNK), shape)

@@ -274,16 +274,19 @@ def spots_to_map(
     """
     check_sdata(sdata)
     only_key(sdata.tables, table_key, argument="table_key", what="table")
-    if (map_key is None) == (bin_um is None) or (map_key is None) == (image_key is None):
+    check_free_key(sdata, "images", key_added, overwrite=overwrite)
+    names = genes_of(genes, get_table(sdata, table_key=table_key).var_names, f"the table {table_key!r}")
+    if map_key is not None and image_key is None and bin_um is None:
+        grid = Grid.of_map(sdata, map_key)
+    elif map_key is None and image_key is not None and bin_um is not None:
+        if mpp is None:
+            mpp = get_section(sdata, table_key=table_key, image_key=image_key, coordinate_system=coordinate_system).mpp
+        grid = Grid.of_image(sdata, image_key, bin_um=bin_um, mpp=mpp)
+    else:
         raise ValueError(
             "The grid is that of a map, map_key=<key>, or one over an image, image_key=<key> with bin_um=<µm>; found "
             f"map_key={map_key!r}, image_key={image_key!r}, bin_um={bin_um!r}."
         )
-    check_free_key(sdata, "images", key_added, overwrite=overwrite)
-    names = genes_of(genes, get_table(sdata, table_key=table_key).var_names, f"the table {table_key!r}")
-    if image_key is not None and mpp is None:
-        mpp = get_section(sdata, table_key=table_key, image_key=image_key, coordinate_system=coordinate_system).mpp
-    grid = Grid.of_map(sdata, map_key) if map_key else Grid.of_image(sdata, image_key, bin_um=bin_um, mpp=mpp)
     spots = measurement_of(sdata, table_key, grid, names, layer=layer, coordinate_system=coordinate_system)
 
     rows, share, area = _shares(spots, grid.height, grid.width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import dask.array as da
 import numpy as np
@@ -32,7 +32,7 @@ logger = logging.getLogger("stgen")
 
 FUNCTION = "tl.bins_to_table"
 STORAGE = ("dense", "sparse", "lazy")
-Values = np.ndarray | sparse.csr_matrix | da.Array
+Values: TypeAlias = np.ndarray | sparse.csr_matrix | da.Array
 
 
 def bins_to_table(
@@ -136,14 +136,13 @@ def bins_to_table(
     bins = pd.DataFrame({"instance_id": reader.rows, "array_row": reader.rows // grid.width})
     bins["array_col"] = reader.rows % grid.width
     if total is not None:
-        total = np.asarray(total.data[0]).ravel()[reader.rows].astype(np.float32)
-        bins["total"] = total
+        bins["total"] = np.asarray(total.data[0]).ravel()[reader.rows].astype(np.float32)
     table = AnnData(reader.read(get_map(sdata, map_key, genes).data), var=_known_of_genes(sdata, map_key, genes))
     table.obs = bins.set_index(bins["instance_id"].astype(str).rename(None))
     if std_key is not None:
         table.layers[f"{key_added}_std"] = reader.read(get_map(sdata, std_key, genes).data)
     if normalize:
-        table.layers[f"{key_added}_normalized"] = _normalized(table.X, total)
+        table.layers[f"{key_added}_normalized"] = _normalized(table.X, bins["total"].to_numpy())
     centers = bins[["array_col", "array_row"]].to_numpy() + 0.5
     table.obsm["spatial"] = apply_affine(grid.to_system(system), centers)
     made = sdata.attrs.get("stgen", {}).get(map_key, {})
@@ -219,7 +218,7 @@ class _Bins:
 def _normalized(values: Values, total: np.ndarray) -> Values:
     """Counts per 10,000 of the total of each bin; 0 where that is 0."""
     factor = np.divide(PER, total, out=np.zeros_like(total), where=total > 0)[:, None]
-    if sparse.issparse(values):
+    if isinstance(values, sparse.csr_matrix):
         return sparse.csr_matrix(values.multiply(factor), dtype=np.float32)
     return values * factor
 

@@ -24,7 +24,7 @@ from stgen.pp._rasterize import genes_of
 from stgen.tl.cells.aggregate import FUNCTION as AGGREGATED
 from stgen.tl.cells.aggregate import _n_samples, _slices, _Summed
 from stgen.tl.evaluation.overlap import find_overlap
-from stgen.transforms import inverse_transform
+from stgen.transforms import TransformName, inverse_transform
 
 __all__ = ["Bins", "Locations", "Rows", "Window", "bins_of_map", "locations_of", "rows_of_table"]
 
@@ -130,7 +130,9 @@ class Rows:
 
     def samples(self) -> Iterator[Rows]:
         """Each sample as a table."""
-        return (replace(self, take=self.sample(number, self.genes)) for number in range(self.n_samples))
+        if self.sample is not None:
+            for number in range(self.n_samples):
+                yield replace(self, take=self.sample(number, self.genes))
 
 
 Locations = Bins | Rows
@@ -165,7 +167,11 @@ def rows_of_table(data: SpatialData | AnnData, table_key: str | None, layer: str
     table = get_table(data, table_key=table_key)
     key = layer if layer is not None else predicted_in_x(table)
     entry = table.uns.get("stgen", {}).get(key, {})
-    if entry.get("function") == "tl.predict_expression" and (layer in table.layers or entry.get("values_in") == "X"):
+    if (
+        key is not None
+        and entry.get("function") == "tl.predict_expression"
+        and (layer in table.layers or entry.get("values_in") == "X")
+    ):
         return _of_prediction(table, key, entry)
     counts = get_counts(table, layer=layer, dense=False)
     genes = list(table.var_names)
@@ -187,7 +193,7 @@ def _of_prediction(table: AnnData, key: str, entry: Mapping[str, Any]) -> Rows:
     stored = table.layers[key] if key in table.layers else table.X
     predicted = np.asarray(table.var[key], bool) if key in table.layers else np.ones(table.n_vars, bool)
     genes = list(table.var_names[predicted])
-    name = "log1p_raw" if entry["transform"] == "log1p_norm" else entry["transform"]
+    name: TransformName = "log1p_raw" if entry["transform"] == "log1p_norm" else entry["transform"]
     depth = 1e4 if entry["transform"] == "log1p_norm" else None
 
     def take(rows: slice, names: list[str]) -> np.ndarray:
@@ -205,7 +211,7 @@ def _of_prediction(table: AnnData, key: str, entry: Mapping[str, Any]) -> Rows:
 
 def _samples_of_cells(
     sdata: SpatialData, table: AnnData, made: Mapping[str, Any], genes: list[str]
-) -> tuple[int, Callable | None]:
+) -> tuple[int, Callable[[int, list[str]], Take] | None]:
     """Samples of the map that was summed over cells, to be summed in the same way; none where map or cells are gone."""
     map_key, cells, system = made["map_key"], made["cells"], made["coordinate_system"]
     if f"{map_key}_samples" not in sdata.images or map_key not in sdata.images or cells not in sdata:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -107,11 +108,11 @@ def evaluate(
     >>> scores.genes.loc["EPCAM", ["RMSE", "SSIM"]].to_list()
     [0.0, 1.0]
     """
-    for_maps = {
+    of_maps: dict[str, Any] = {
         "truth_key": truth_key, "low_res": low_res, "replicate_key": replicate_key, "transform": transform,
         "gene_scale": gene_scale,
     }  # fmt: skip
-    for_maps = {name: value for name, value in for_maps.items() if value is not None}
+    for_maps = {name: value for name, value in of_maps.items() if value is not None}
     is_map = isinstance(data, SpatialData) and table_key is None and key in data.images
     if for_maps and not is_map:
         images = ", ".join(map(repr, data.images)) if isinstance(data, SpatialData) else ""
@@ -154,10 +155,9 @@ def evaluate(
     if samples is not None:  # kept in the order in which the genes were asked for
         order = {gene: i for i, gene in enumerate(entry["sample_genes"].split("\n"))}
         samples = np.moveaxis(np.asarray(samples)[:, :, [order[gene] for gene in genes]], 1, 0)
-    if ranking is not None:
-        position = {gene: i for i, gene in enumerate(genes)}
-        ranking = [position[gene] for gene in ranking if gene in position]
-    return score(pred, truth, genes, samples=samples, xy=_xy(data, table_key), ranking=ranking)
+    position = {gene: i for i, gene in enumerate(genes)}
+    ranked = None if ranking is None else [position[gene] for gene in ranking if gene in position]
+    return score(pred, truth, genes, samples=samples, xy=_xy(data, table_key), ranking=ranked)
 
 
 def _xy(data: SpatialData | AnnData, table_key: str | None) -> np.ndarray | None:

@@ -75,15 +75,15 @@ def find_overlap(sdata: SpatialData, key: str, grid: Grid, coordinate_system: st
         edges = _moved(edges, to_bins)
         pairs.append(_shares(edges, grid.height, grid.width))
         moments.append(_moments(edges))
-    numbers, moments = _added(moments)
-    there = moments[:, 0] > ROUNDING
-    numbers, moments = numbers[there], moments[there]
+    numbers, summed = _added(moments)
+    there = summed[:, 0] > ROUNDING
+    numbers, summed = numbers[there], summed[there]
     cell, y, x, share = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     kept = np.isin(cell, numbers)
     return Overlap(
         instances=numbers if names is None else names[numbers],
-        area=moments[:, 0],
-        centers=moments[:, 1:] / moments[:, :1],
+        area=summed[:, 0],
+        centers=summed[:, 1:] / summed[:, :1],
         cell=np.searchsorted(numbers, cell[kept]),
         y=y[kept],
         x=x[kept],

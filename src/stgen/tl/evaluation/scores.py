@@ -48,7 +48,7 @@ def score(
     single = pred[None] if samples is None else samples
     summary["GSC"] = metrics.gsc(single, truth)
     if samples is not None:
-        summary["GSC_sample"] = np.mean([metrics.gsc(s, truth) for s in samples])
+        summary["GSC_sample"] = float(np.mean([metrics.gsc(s, truth) for s in samples]))
     if xy is not None and len(xy) > 6:
         weights = _neighbors(xy)
         summary["SSC"] = metrics.ssc(single, truth, weights)

@@ -17,7 +17,8 @@ from stgen import models
 from stgen._spatial.records import provenance
 from stgen._spatial.section import get_section
 from stgen._spatial.tables import expression
-from stgen.data import group_folds
+from stgen.data import Batch, group_folds
+from stgen.diffusion import Diffusion, Solver
 from stgen.models import Model
 from stgen.pp import select_genes
 from stgen.tl.fitting.fit import Source, check_training, fit_in_place, gather, hold_out, split
@@ -151,27 +152,30 @@ def predict_expression(
     device = str(check_device(device))
     if isinstance(model, str | Path):
         model = models.load(model)
-    fitted = model is not None and model.fitted
-    if fitted and fit_options:
+    if model is not None and model.fitted and fit_options:
         raise ValueError("the model is fitted already, so `fit_options` have no use; construct a new one to fit anew.")
     if model is not None and model.takes != "locations":
         raise ValueError(f"{type(model).__name__} makes maps; call stgen.tl.superresolve(sdata, model=...).")
-    (model or models.Stem(["any"])).check_sampling(steps, solver)
+    (Diffusion() if model is None else model).check_sampling(steps, solver)
     target = Target.find(data, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
-    chosen = _chosen(model, genes) if fitted else _to_model(model, target, genes, layer)
+    if model is not None and model.fitted:
+        chosen, embedding = _chosen(model, genes), model.record["embedding"]
+    else:
+        chosen, embedding = _to_model(model, target, genes, layer), None
     as_layers = target.check_keys(chosen, overwrite=overwrite)
 
     embedding_key = target.embed(
-        model.record["embedding"] if fitted else None, embedding_key,
+        embedding, embedding_key,
         image_key=image_key, mpp=mpp, device=device, progress=progress,
     )  # fmt: skip
-    sampling = {
+    sampling: dict[str, Any] = {
         "n_samples": n_samples, "steps": steps, "solver": solver, "seed": seed,
         "batch_size": batch_size, "device": device, "progress": progress,
     }  # fmt: skip
-    h = np.asarray(target.table.obsm[embedding_key])
-    if fitted:
-        samples = draw(model, h, np.arange(len(h)), **sampling)[:, :, [model.genes.index(gene) for gene in chosen]]
+    h = np.asarray(target.rows.obsm[embedding_key])
+    if model is not None and model.fitted:
+        position = np.array([model.genes.index(gene) for gene in chosen], int)
+        samples = draw(model, h, np.arange(len(h)), **sampling)[:, :, position]
         fitted_on, weights = model.record.get("sections", []), model.weights_sha256()
     else:
         model = model or models.Stem(chosen, embedding_dim=h.shape[1])
@@ -201,7 +205,7 @@ def draw(
     *,
     n_samples: int = 20,
     steps: int = 25,
-    solver: str = "dpm++",
+    solver: Solver = "dpm++",
     seed: int = 0,
     batch_size: int = 32,
     device: str = "cpu",
@@ -218,7 +222,9 @@ def draw(
     try:
         with tqdm(total=len(h), desc=name, unit="location", **({} if progress else {"disable": True})) as bar:
             for start in range(0, len(h), batch_size):
-                batch = {"h": torch.as_tensor(np.asarray(h[start : start + batch_size], np.float32), device=device)}
+                batch: Batch = {
+                    "h": torch.as_tensor(np.asarray(h[start : start + batch_size], np.float32), device=device)
+                }
                 generators = [_generator(seed, int(row)) for row in rows[start : start + batch_size]]
                 drawn = model.sample(batch, n_samples, steps, generators, solver)
                 samples[start : start + batch_size] = drawn.clamp(min=0).cpu().numpy()
@@ -274,15 +280,16 @@ def _cross_fit(
     key: str,
     layer: str | None,
     folds: int,
-    sampling: dict,
+    sampling: dict[str, Any],
     fit_options: Mapping[str, Any],
 ) -> np.ndarray:
     """Samples for every location, each from a model that was fitted on other spatial blocks."""
     xy = get_section(target.work, table_key=target.table_key).xy_px
-    source = Source(target.user_table, target.table, xy)
+    source = Source(target.user_table, target.rows, xy)
     data, blocks, info = gather(model, {"section": source}, embedding_key=key, layer=layer)
     fold = group_folds(blocks, folds)
-    samples = None
+    n_samples = sampling["n_samples"] if model.stochastic else 1
+    samples = np.empty((len(data), n_samples, len(model.genes)), np.float32)
     options = {"seed": sampling["seed"], "device": sampling["device"], "progress": sampling["progress"], **fit_options}
     validation = options.pop("validation", 0.125)
     for k in np.unique(fold):
@@ -290,10 +297,7 @@ def _cross_fit(
         part = copying.deepcopy(model)
         held_out = hold_out(blocks[inside], validation, np.random.default_rng(sampling["seed"]))
         fit_in_place(part, *split(data.subset(inside), held_out), info, **options)
-        drawn = draw(part, data.h[outside, 0].numpy(), outside, **sampling)
-        if samples is None:
-            samples = np.empty((len(data), *drawn.shape[1:]), np.float32)
-        samples[outside] = drawn
+        samples[outside] = draw(part, data.h[outside, 0].numpy(), outside, **sampling)
     return samples
 
 

@@ -162,6 +162,13 @@ class Target:
         systems = get_transformation(self.data.images[key], get_all=True)
         return None if any(map(is_micrometers, systems)) else slide_mpp(self.data, key)
 
+    @property
+    def rows(self) -> AnnData:
+        """The table of ``work``, once locations are there."""
+        if self.table is None:
+            raise RuntimeError("the locations are still to be laid; Target.embed does so.")
+        return self.table
+
     def copy_data(self) -> SpatialData | AnnData:
         """Turn to a copy of the user's object, which is then the one to be written to."""
         if isinstance(self.data, AnnData):
@@ -187,13 +194,13 @@ class Target:
         values = {key_added: predicted.astype(np.float32)}
         if samples.shape[1] > 1:
             values[f"{key_added}_std"] = samples.std(1)  # of centered noise: the population form is unbiased
-        table = self.user_table
-        if not as_layers:
-            table = AnnData(values.pop(key_added), obs=self.table.obs.copy(), var=pd.DataFrame(index=genes))
+        rows, table = self.rows, self.user_table
+        if not as_layers or table is None:
+            table = AnnData(values.pop(key_added), obs=rows.obs.copy(), var=pd.DataFrame(index=genes))
             table.layers.update(values)
-            table.uns["spatialdata_attrs"] = self.table.uns["spatialdata_attrs"]
-            if "spatial" in self.table.obsm:
-                table.obsm["spatial"] = self.table.obsm["spatial"]
+            table.uns["spatialdata_attrs"] = rows.uns["spatialdata_attrs"]
+            if "spatial" in rows.obsm:
+                table.obsm["spatial"] = rows.obsm["spatial"]
             entry = {**entry, "values_in": "X"}
         else:
             for container, name in ((table.layers, f"{key_added}_std"), (table.obsm, f"{key_added}_samples")):
@@ -212,8 +219,8 @@ class Target:
             table.obsm[f"{key_added}_samples"] = samples
             entry = {**entry, "sample_genes": "\n".join(genes)}
         if self.embedded or not as_layers:
-            table.obsm[embedding_key] = self.table.obsm[embedding_key]
-            record(table, embedding_key, self.table.uns.get("stgen", {}).get(embedding_key, {}))
+            table.obsm[embedding_key] = rows.obsm[embedding_key]
+            record(table, embedding_key, rows.uns.get("stgen", {}).get(embedding_key, {}))
         record(table, key_added, entry)
         where = f'layers["{key_added}"]' if as_layers else f'sdata.tables["{key_added}"]'
         if not as_layers:
