@@ -262,7 +262,8 @@ def test_rgba_uint16_and_single_channel_images():
     )
     window = grid.image_window(sdata, "rgba", px_per_bin=5)
     assert window.channels == ["r", "g", "b"]
-    np.testing.assert_allclose(window(0, 0, 12, 16), rgba[:3] / 255, atol=1e-6)
+    on_white = 1 - rgba[3] / 255 * (1 - rgba[:3] / 255)
+    np.testing.assert_allclose(window(0, 0, 12, 16), on_white, atol=1e-6)
     np.testing.assert_allclose(grid.image_window(sdata, "deep", px_per_bin=5)(0, 0, 12, 16), deep / 65535, atol=1e-6)
     np.testing.assert_allclose(grid.image_window(sdata, "one", px_per_bin=5)(0, 0, 12, 16), one / 255, atol=1e-6)
 

@@ -165,7 +165,7 @@ def test_values_are_brought_to_the_unit_interval(values, expected):
     np.testing.assert_allclose(histology(values).read(1, 1, 4, 4), expected, rtol=1e-5)
 
 
-def test_alpha_is_dropped_but_a_fourth_stain_is_not():
+def test_opacity_is_no_channel_but_a_fourth_stain_is_one():
     rgba = image_array(channels=4)
     stains = histology(rgba, coords={"c": ["dapi", "bound", "rna", "prot"]})
     assert stains.n_channels == 4

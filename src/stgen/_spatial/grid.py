@@ -16,7 +16,7 @@ from spatialdata.transformations import Sequence as Chain
 from xarray import DataArray
 
 from stgen._checks import check_positive, listed, only_key
-from stgen._spatial.image import Histology, affine_to, element_of, image_levels, image_of, is_micrometers
+from stgen._spatial.image import Histology, affine_to, element_of, histology_of, image_levels, image_of, is_micrometers
 from stgen._spatial.platforms import spot_pitch
 from stgen._spatial.section import annotated_region, centroids, get_section, shared_system
 
@@ -182,7 +182,7 @@ class Grid:
         if isinstance(px_per_bin, bool) or px_per_bin != int(px_per_bin) or px_per_bin < 1:
             raise ValueError(f"`px_per_bin` must be a whole number of at least 1, found {px_per_bin!r}.")
         matrix = self.to_element(sdata, image_key, coordinate_system)
-        image = Histology(image_levels(sdata.images[image_key]), mpp=1.0)  # everything here is in pixels of the image
+        image = histology_of(sdata, image_key, mpp=1.0)  # everything here is in pixels of the image
         return ImageWindow(image, matrix, int(px_per_bin))
 
     def overlap(self, sdata: SpatialData, image_key: str, coordinate_system: str | None = None) -> float:
@@ -201,7 +201,7 @@ class Grid:
 class ImageWindow:
     """Reads an image on a grid: ``window(y0, x0, height, width)`` in bins.
 
-    Returns float32 ``(c, height * px_per_bin, width * px_per_bin)``, in [0, 1] for integer images. Outside the image its
+    Returns float32 ``(c, height * px_per_bin, width * px_per_bin)``, in [0, 1] in transmitted light. Beyond its pixels its
     edge is repeated. A bin has the same pixels in whatever window it is read.
 
     An image that lies along the grid, perhaps turned by right angles or mirrored, is resampled once, at its exact
@@ -236,6 +236,10 @@ class ImageWindow:
     def n_channels(self) -> int:
         """Number of channels, alpha not counted."""
         return self._image.n_channels
+
+    def record(self) -> dict[str, Any]:
+        """What was decided about the values, for the record of a result; doubts are logged as warnings."""
+        return self._image.record()
 
     def __call__(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """The image in ``height`` x ``width`` bins from row ``y0`` and column ``x0`` on."""

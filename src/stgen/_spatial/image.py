@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,13 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
+from stgen._spatial.pixels import PixelValues, check_pixel_type, judge_pixels
+
 __all__ = [
     "Histology",
     "affine_to",
     "element_of",
+    "histology_of",
     "image_levels",
     "image_of",
     "is_micrometers",
@@ -28,7 +33,10 @@ __all__ = [
 # spatialdata.concatenate adds a suffix: "um" becomes "um-A"
 _MICROMETERS = re.compile(r"(um|µm|μm|microns?|micromet(er|re)s?)(-.+)?", re.IGNORECASE)
 
-_FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}
+_KNOWN_PX = 2048  # along the longer side of the mask of what is not NaN
+STATED = "image_full_scale"  # in sdata.attrs, full scales of images by their names
+
+logger = logging.getLogger("stgen")
 
 
 def resample_matrix(start: np.ndarray | Sequence[float], length: float, n_out: int, n_in: int) -> np.ndarray:
@@ -78,15 +86,33 @@ class Histology:
 
     Coordinates are pixels of the finest level: x is the column, y the row, and pixel (0, 0) covers [0, 1) x [0, 1).
 
+    What is read is a share of full scale, which is decided by content (:func:`stgen._spatial.pixels.judge_pixels`). Pixels
+    that are NaN are outside the image. They, and transparent ones, show glass in transmitted light (three colors), and no
+    light otherwise; in between, colors are laid over it.
+
     Parameters
     ----------
     levels
-        Images ``(c, y, x)``, finest first; dask-backed arrays stay lazy. An alpha channel is dropped.
+        Images ``(c, y, x)``, finest first; dask-backed arrays stay lazy.
     mpp
         µm per pixel of the finest level.
+    name
+        Of the image, for messages.
+    full_scale
+        The value that stands for 1, if the user states it.
+    channel
+        The number of the only color to read, as the intensity of a stain; None for all.
     """
 
-    def __init__(self, levels: Sequence[DataArray], *, mpp: float) -> None:
+    def __init__(
+        self,
+        levels: Sequence[DataArray],
+        *,
+        mpp: float,
+        name: str | None = None,
+        full_scale: float | None = None,
+        channel: int | None = None,
+    ) -> None:
         if not levels:
             raise ValueError("The image has no level to read.")
         if not (np.isfinite(mpp) and mpp > 0):
@@ -100,11 +126,34 @@ class Histology:
             raise ValueError(f"The image is empty: its shape (c, y, x) is {finest.shape}.")
         self._ratio = [(self.height / level.sizes["y"], self.width / level.sizes["x"]) for level in levels]
         self.scales = [float(np.sqrt(ry * rx)) for ry, rx in self._ratio]
-        self._full_scale = self._find_full_scale()
-        keep = self._channels_without_alpha()
-        if keep is not None:
-            self.levels = [level.isel(c=keep) for level in levels]
-        self.channels = [str(name) for name in self.levels[0].coords["c"].values]
+        check_pixel_type(finest.dtype)
+        self.name, self._stated, self._channel = name, full_scale, channel
+
+    @cached_property
+    def values(self) -> PixelValues:
+        """How values are read: some pixels are looked at, once."""
+        return judge_pixels(self.levels, name=self.name, full_scale=self._stated, channel=self._channel)
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the channels, alpha left out."""
+        names = self.levels[0].coords["c"].values
+        return [str(names[i]) for i in self.values.colors]
+
+    @property
+    def may_be_unknown(self) -> bool:
+        """Whether pixels can be NaN."""
+        return bool(np.issubdtype(self.levels[0].dtype, np.floating))
+
+    def only(self, channel: int) -> Histology:
+        """One of the channels, as the intensity of a stain."""
+        return Histology(self.levels, mpp=self.mpp, name=self.name, full_scale=self._stated, channel=channel)
+
+    def record(self) -> dict[str, Any]:
+        """What was decided about the values, for the record of a result; doubts are logged as warnings."""
+        for doubt in self.values.doubts:
+            logger.warning(doubt)
+        return self.values.record()
 
     @property
     def n_channels(self) -> int:
@@ -129,7 +178,7 @@ class Histology:
 
         Returns
         -------
-        Float32 array ``(c, h, w)``, in [0, 1] for integer images. Outside the image, its edge is repeated.
+        Float32 array ``(c, h, w)``, in [0, 1] in transmitted light. Beyond the pixels of the image, its edge is repeated.
         """
         mpp = self.mpp if mpp is None else mpp
         n_y, n_x = (max(1, round(length * self.mpp / mpp)) for length in (height, width))
@@ -165,13 +214,34 @@ class Histology:
 
     def thumbnail(self, *, mpp: float) -> np.ndarray:
         """Read the whole image ``(c, h, w)`` at ``mpp`` µm per pixel; a sketch, from every few pixels of a fine image."""
+        return self.sketch(mpp=mpp)[0]
+
+    def sketch(self, *, mpp: float) -> tuple[np.ndarray, np.ndarray]:
+        """The thumbnail, and which of its pixels ``(h, w)`` lie within the image: are known for the greater part."""
         level = self.levels[self._level(mpp)]
         n_y, n_x = (max(1, round(n * self.mpp / mpp)) for n in (self.height, self.width))
         stride = max(1, int(min(level.sizes["y"] / n_y, level.sizes["x"] / n_x) / 4))
-        coarse = np.asarray(level.data[:, ::stride, ::stride]).astype(np.float32)
+        coarse = np.asarray(level.data[:, ::stride, ::stride])
         down = resample_matrix([0.0], coarse.shape[1], n_y, coarse.shape[1])[0]
         across = resample_matrix([0.0], coarse.shape[2], n_x, coarse.shape[2])[0]
-        return (down @ coarse @ across.T) / self._full_scale
+        seen = down @ self.values.shown(coarse).astype(np.float32) @ across.T / self.values.full_scale
+        missing = self.values.missing(coarse)
+        if missing is None or not missing.any():
+            return seen, np.ones((n_y, n_x), bool)
+        return seen, down @ missing.astype(np.float32) @ across.T < 0.5
+
+    def covers(self, xy_px: np.ndarray) -> np.ndarray:
+        """Which locations ``(n, 2)``, as x, y in pixels of the finest level, lie within the image and are not NaN."""
+        x, y = np.asarray(xy_px, dtype=np.float64).T
+        inside = (x >= 0) & (y >= 0) & (x <= self.width) & (y <= self.height)
+        if not self.may_be_unknown:
+            return inside
+        known = self.sketch(mpp=self.mpp * max(1.0, max(self.height, self.width) / _KNOWN_PX))[1]
+        row, column = (
+            np.clip(at / length * n, 0, n - 1).astype(int)
+            for at, length, n in ((y, self.height, known.shape[0]), (x, self.width, known.shape[1]))
+        )
+        return inside & known[row, column]
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def _level(self, mpp: float) -> int:
@@ -214,7 +284,7 @@ class Histology:
                     sparse.csr_array(across[i]) @ rows_done.reshape(-1, w).T
                 )  # (n_x, n_y c): sparse, for large windows
                 out[k] = done.T.reshape(n_y, -1, n_x).transpose(1, 0, 2)
-            yield out / self._full_scale
+            yield out / self.values.full_scale
 
     def _region(self, index: int, shrink: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
         """A window of one level averaged over ``shrink`` x ``shrink`` pixels, its edge repeated outside the image."""
@@ -225,6 +295,7 @@ class Histology:
         top, bottom = min(top, n_y - 1), max(bottom, 1)
         left, right = min(left, n_x - 1), max(right, 1)
         window = np.asarray(level[:, top * shrink : bottom * shrink, left * shrink : right * shrink].data)
+        window = self.values.shown(window)
         if shrink > 1:
             blocks = window.reshape(-1, bottom - top, shrink, right - left, shrink)
             window = blocks.mean(4, dtype=np.float32).mean(2)
@@ -233,30 +304,6 @@ class Histology:
         if len(rows) == window.shape[1] and len(columns) == window.shape[2]:
             return window
         return window[:, rows][:, :, columns]
-
-    # -- what the values mean -----------------------------------------------------------------------------------------
-    def _find_full_scale(self) -> float:
-        """The value that stands for 1: that of the integer type; of floats, 255 if they look like 8-bit values."""
-        dtype = self.levels[0].dtype
-        if dtype.name in _FULL_SCALE:
-            return _FULL_SCALE[dtype.name]
-        if not (np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.floating)):
-            raise TypeError(f"The image holds {dtype} values; it must hold integers or floats.")
-        top = float(np.nanmax(np.asarray(self.levels[-1].data)))
-        if np.issubdtype(dtype, np.floating):
-            return 255.0 if 2.0 < top <= 255.0 else 1.0
-        return next((full for full in (255.0, 65535.0) if top <= full), float(np.iinfo(dtype).max))
-
-    def _channels_without_alpha(self) -> list[int] | None:
-        names = [str(name).lower() for name in self.levels[0].coords["c"].values]
-        if names[-1] in ("a", "alpha") and len(names) in (2, 4):
-            return list(range(len(names) - 1))
-        if len(names) == 4 and all(re.fullmatch(r"\d+", name) for name in names):
-            last = np.asarray(self.levels[-1].isel(c=3).data)
-            opaque = last == self._full_scale
-            if opaque.mean() > 0.5 and np.all(opaque | (last == 0)):
-                return [0, 1, 2]
-        return None
 
 
 def image_levels(element: DataArray | DataTree) -> list[DataArray]:
@@ -318,6 +365,17 @@ def slide_mpp(sdata: SpatialData, image_key: str) -> float | None:
     return float(mpp) if tuple(finest.shape[-2:]) == tuple(shape) else None
 
 
+def histology_of(sdata: SpatialData, image_key: str, *, mpp: float) -> Histology:
+    """An image of ``sdata``, with the full scale that ``sdata.attrs["image_full_scale"]`` states, if it does."""
+    stated = sdata.attrs.get(STATED, {})
+    if not isinstance(stated, Mapping):
+        raise TypeError(
+            f'sdata.attrs["{STATED}"] must say it for each image: {{{image_key!r}: <value of full scale>}}; found {stated!r}.'
+        )
+    levels = image_levels(sdata.images[image_key])
+    return Histology(levels, mpp=mpp, name=image_key, full_scale=stated.get(image_key))
+
+
 def image_of(
     sdata: SpatialData, image_key: str, *, mpp: float | None = None, coordinate_system: str | None = None
 ) -> Histology:
@@ -335,4 +393,4 @@ def image_of(
             f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "
             f"({', '.join(systems)}) is in micrometers. Pass mpp=<µm per image pixel>, or add one: stgen.pp.name_micrometers(...)."
         )
-    return Histology(image_levels(element), mpp=mpp)
+    return histology_of(sdata, image_key, mpp=mpp)

@@ -21,7 +21,7 @@ from stgen._spatial.image import (
     Histology,
     affine_to,
     element_of,
-    image_levels,
+    histology_of,
     is_micrometers,
     micrometers_per_unit,
     slide_mpp,
@@ -185,7 +185,7 @@ def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float |
         raise ValueError(f"The image {key!r} must have the shape (y, x, channels), found {array.shape}.")
     names = ["r", "g", "b", "a"] if array.shape[2] in (3, 4) else [str(i) for i in range(array.shape[2])]
     level = DataArray(array, dims=("y", "x", "c"), coords={"c": names[: array.shape[2]]})
-    image = Histology([level], mpp=float(mpp) / float(factor))
+    image = Histology([level], mpp=float(mpp) / float(factor), name=key)
     spot_um = None if diameter is None else float(diameter * mpp)
     return Section(table, image, xy * float(factor), image.mpp, spot_um, image_key=key)
 
@@ -245,7 +245,7 @@ def _section_from_spatialdata(
             )
         mpp = scale * um_per_unit
     xy_px = (np.column_stack([xy, np.ones(len(xy))]) @ np.linalg.inv(matrix).T)[:, :2]
-    image = Histology(image_levels(sdata.images[image_key]), mpp=mpp)
+    image = histology_of(sdata, image_key, mpp=mpp)
     spot_um = None if diameter is None else diameter * mpp / scale
     return Section(table, image, xy_px, image.mpp, spot_um, image_key=image_key, table_key=table_key)
 

@@ -7,13 +7,14 @@ from scipy import ndimage
 from spatialdata import SpatialData
 
 from stgen._spatial.grid import Grid, get_map
-from stgen._spatial.image import Histology, image_of
+from stgen._spatial.image import Histology, histology_of, image_of
 from stgen.measurement import Measurement
 
 __all__ = ["tissue_bins", "tissue_mask", "tissue_of_image"]
 
 MASK_PX = 512
 BLOCK = 512  # bins along a side of what is looked at at a time
+KNOWN_PX = 4096  # along the longer side of the mask of what is not NaN
 TISSUE_UM = 50.0  # how far from what is dark (or bright) tissue reaches, as pp.rasterize has it for molecules
 
 
@@ -25,7 +26,10 @@ def tissue_bins(
     like: str | None,
     mpp: float | None,
 ) -> np.ndarray:
-    """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue."""
+    """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue.
+
+    None where an image is NaN.
+    """
     tissue = np.zeros((grid.height, grid.width), bool)
     if measurement is None and like is not None:
         tissue[:] = np.isfinite(np.asarray(get_map(sdata, like).data[0]))
@@ -41,6 +45,8 @@ def tissue_bins(
             for x in range(0, grid.width, BLOCK):
                 part = tissue[y : y + BLOCK, x : x + BLOCK]
                 part[:] = where.interpolate(y, x, *part.shape)[1][0] > 0
+    if image_key is not None:
+        tissue &= _known_bins(sdata, grid, image_key)
     if not tissue.any():
         where = f"the image {image_key!r}" if measurement is None else "the low-resolution data"
         raise ValueError(
@@ -54,16 +60,33 @@ def tissue_of_image(sdata: SpatialData, grid: Grid, image_key: str, mpp: float |
     """Bins within 50 µm of tissue; all, where the whole image looks alike."""
     image = image_of(sdata, image_key, mpp=mpp)
     mask, pixel = tissue_mask(image)
-    if mask.mean() > 0.97:
-        return np.ones((grid.height, grid.width), bool)
+    known = image.sketch(mpp=_mask_mpp(image))[1] if image.may_be_unknown else np.ones_like(mask)
+    if mask.mean() > 0.97 * known.mean():
+        return _known_bins(sdata, grid, image_key)
     if mask.any():
-        mask = ndimage.distance_transform_edt(~mask) * pixel * image.mpp <= TISSUE_UM
-    to_mask = grid.to_element(sdata, image_key) / pixel
+        mask = known & (ndimage.distance_transform_edt(~mask) * pixel * image.mpp <= TISSUE_UM)
+    return _on_grid(mask, grid.to_element(sdata, image_key) / pixel, grid)
+
+
+def _known_bins(sdata: SpatialData, grid: Grid, image_key: str) -> np.ndarray:
+    """Bins where an image is not NaN: all, unless its values are floats, also beyond it, where its edge is repeated."""
+    to_image = grid.to_element(sdata, image_key)
+    image = histology_of(sdata, image_key, mpp=grid.bin_um / float(np.sqrt(abs(np.linalg.det(to_image[:2, :2])))))
+    if not image.may_be_unknown:
+        return np.ones((grid.height, grid.width), bool)
+    mpp = max(image.mpp, grid.bin_um / 2, image.mpp * max(image.height, image.width) / KNOWN_PX)
+    known = image.sketch(mpp=mpp)[1]
+    to_known = np.diag([known.shape[1] / image.width, known.shape[0] / image.height, 1.0]) @ to_image
+    return _on_grid(known, to_known, grid, beyond=True)
+
+
+def _on_grid(mask: np.ndarray, to_mask: np.ndarray, grid: Grid, *, beyond: bool = False) -> np.ndarray:
+    """What a mask says of the center of each bin, ``(height, width)``; beyond the mask False, or what its edge says."""
     tissue = np.zeros((grid.height, grid.width), bool)
     for y in range(0, grid.height, BLOCK):
         rows, columns = np.mgrid[y : min(y + BLOCK, grid.height), : grid.width] + 0.5
         column, row = np.floor(to_mask[:2, :2] @ [columns.ravel(), rows.ravel()] + to_mask[:2, 2:]).astype(int)
-        inside = (row >= 0) & (column >= 0) & (row <= mask.shape[0]) & (column <= mask.shape[1])
+        inside = (row >= 0) & (column >= 0) & (row <= mask.shape[0]) & (column <= mask.shape[1]) | beyond
         row, column = np.clip(row, 0, mask.shape[0] - 1), np.clip(column, 0, mask.shape[1] - 1)
         tissue[y : y + BLOCK] = (mask[row, column] & inside).reshape(rows.shape)
     return tissue
@@ -73,7 +96,8 @@ def tissue_mask(image: Histology, *, mpp: float | None = None) -> tuple[np.ndarr
     """A coarse mask of the tissue.
 
     Three channels are read as a transmitted-light image, where tissue is darker than the glass; other images as
-    fluorescence, where it is brighter. The threshold is Otsu's, kept within what tissue can be.
+    fluorescence, where it is brighter. The threshold is Otsu's, kept within what tissue can be. Where the image is NaN there
+    is none.
 
     Returns
     -------
@@ -81,17 +105,21 @@ def tissue_mask(image: Histology, *, mpp: float | None = None) -> tuple[np.ndarr
     """
     from skimage.filters import threshold_otsu
 
-    longest = max(image.height, image.width)
-    mpp = max(image.mpp, image.mpp * longest / MASK_PX) if mpp is None else mpp
-    thumbnail = image.thumbnail(mpp=mpp)
+    thumbnail, known = image.sketch(mpp=_mask_mpp(image) if mpp is None else mpp)
     if image.n_channels == 3:
         # the darkest channel: pale eosin absorbs green only
         signal = -np.log(np.clip(thumbnail.min(0), 1 / 255, 1))
         low, high = 0.08, 0.35
     else:
         signal = thumbnail.mean(0)
-        signal = signal / max(float(np.quantile(signal, 0.995)), 1e-6)
+        signal = signal / max(float(np.quantile(signal[known], 0.995)), 1e-6) if known.any() else signal
         low, high = 0.05, 0.2
     signal = ndimage.gaussian_filter(signal, 1.0)
     threshold = threshold_otsu(signal) if np.ptp(signal) > 1e-6 else low
-    return signal > np.clip(threshold, low, high), longest / max(thumbnail.shape[1:])
+    mask = known & (signal > np.clip(threshold, low, high))
+    return mask, max(image.height, image.width) / max(mask.shape)
+
+
+def _mask_mpp(image: Histology) -> float:
+    """µm per pixel of the mask, unless another is asked for."""
+    return max(image.mpp, image.mpp * max(image.height, image.width) / MASK_PX)

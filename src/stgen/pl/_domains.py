@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from spatialdata import SpatialData
 from xarray import DataArray
 
-from stgen._spatial.image import Histology, affine_to, element_of, image_levels, is_micrometers
+from stgen._spatial.image import affine_to, element_of, histology_of, is_micrometers
 from stgen._spatial.section import get_section, get_table, shared_system
 from stgen.pl._colors import CATEGORIES, GRAY
 from stgen.pl._map_tables import place_of
@@ -293,7 +293,7 @@ def _place_masks(sdata: SpatialData, keys: list[str], system: str | None, image_
     um_per_unit = 1.0 if is_micrometers(system) else None
     image = None
     if image_key is not None:
-        histology = Histology(image_levels(sdata.images[image_key]), mpp=1.0)  # in pixels
+        histology = histology_of(sdata, image_key, mpp=1.0)  # in pixels
         image = sketch(histology, affine_to(sdata.images[image_key], system)[0], window, px)
     return window, columns, um_per_unit, image
 

@@ -10,7 +10,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stgen._spatial.grid import Grid, get_map
-from stgen._spatial.image import Histology, affine_to, element_of, image_levels
+from stgen._spatial.image import affine_to, element_of, histology_of
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import recorded_layer
 from stgen._spatial.section import annotated_region, shared_system
@@ -79,7 +79,7 @@ def picture_of_maps(
     units = {"expression": unit, "spread": f"SD, {unit}", "error": f"predicted minus truth,\n{unit}"}
     image = None
     if image_key is not None:
-        histology = Histology(image_levels(sdata.images[image_key]), mpp=1.0)  # in pixels
+        histology = histology_of(sdata, image_key, mpp=1.0)  # in pixels
         image = sketch(histology, affine_to(sdata.images[image_key], system)[0], window, px)
     return Picture(columns, units, window, um_per_unit, image), axes
 

@@ -165,6 +165,8 @@ def check_section(section: Section, *, scales: Iterable[float] = ()) -> Alignmen
     mask, pixel = tissue_mask(image)
     inside, on_tissue, extent = _score(xy, image, mask, pixel)
     _, swapped, _ = _score(xy[:, ::-1], image, mask, pixel)
+    known = image.covers(xy)
+    inside, on_tissue = min(inside, float(known.mean())), float(on_tissue)
     informative = 0.001 < mask.mean() < 0.97
     where = (
         f"The locations span x {xy[:, 0].min():.0f} to {xy[:, 0].max():.0f} and y {xy[:, 1].min():.0f} to "

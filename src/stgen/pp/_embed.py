@@ -102,7 +102,8 @@ def embed(
     - ``uns["stgen"][key_added]``: ``"model"`` and, in ``"by_name"``, whether its name is enough to embed again;
       ``"patch_um"`` and ``"patch_px"``, of all encoders one after the other, ``"default_patches"`` where neither was
       given, ``"patch_um_given"`` and ``"patch_px_given"`` where they were; ``"image_mpp"`` (µm per pixel of the image),
-      ``"image_key"``, ``"n_features"``, ``"views"``, ``"function"``, ``"version"``.
+      ``"image_key"``, ``"n_features"``, ``"views"``, ``"function"``, ``"version"``; ``"image_full_scale"``, the value that
+      was read as 1, where the type of the image does not say it, and ``"image_alpha"`` where it has opacity.
 
     Raises
     ------
@@ -175,6 +176,7 @@ def embed(
         patch_px_given=None if patch_px is None else int(patch_px),
         image_key=section.image_key,
         image_mpp=image.mpp,
+        **image.record(),
         n_features=features.shape[2],
         views=views,
         by_name=all(isinstance(part, str) for part in parts),

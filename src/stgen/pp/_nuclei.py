@@ -87,7 +87,7 @@ def segment_nuclei(
         µm per pixel of the image's finest level; None takes it from a micrometer coordinate system.
     threshold
         Least stain of a nucleus: optical density of hematoxylin (natural logarithm), or intensity of ``channel`` as a
-        share of what an integer image can hold. None estimates one for the whole section. Lower it if pale nuclei are
+        share of full scale. None estimates one for the whole section. Lower it if pale nuclei are
         missed.
     min_area_um2, max_area_um2
         What is smaller or larger (µm²) is no nucleus.
@@ -112,7 +112,8 @@ def segment_nuclei(
       compressed in memory, and unpacked where it is looked at.
     - ``sdata.attrs["stgen"][key_added]``: ``"image_key"``, ``"method"``, ``"channel"``, ``"threshold"``,
       ``"min_area_um2"``, ``"max_area_um2"``, ``"image_mpp"`` (µm per pixel of the image), ``"n_nuclei"``,
-      ``"function"``, ``"version"``.
+      ``"function"``, ``"version"``; ``"image_full_scale"``, the value that was read as 1, where the type of the image does
+      not say it, and ``"image_alpha"`` where it has opacity.
 
     Raises
     ------
@@ -179,6 +180,7 @@ def segment_nuclei(
         min_area_um2=float(min_area_um2),
         max_area_um2=float(max_area_um2),
         image_mpp=image.mpp,
+        **image.record(),
         n_nuclei=n_nuclei,
     )
     record(sdata, key_added, entry)
@@ -212,7 +214,7 @@ def _one_channel(image: Histology, image_key: str, channel: str | int) -> Histol
             "them, or its number from 0>."
         )
     i = int(channel) if by_number else image.channels.index(str(channel))
-    return Histology([level[i : i + 1] for level in image.levels], mpp=image.mpp)
+    return image.only(i)
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def _stained(image: Histology, threshold: float | None, tile_px: int, area_px: t
 
     def read(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
         pixels = image.read(x0, y0, x1 - x0, y1 - y0)
-        return hematoxylin(np.nan_to_num(pixels, nan=1.0)) if len(pixels) == 3 else np.nan_to_num(pixels[0])
+        return hematoxylin(pixels) if len(pixels) == 3 else pixels[0]
 
     threshold = float(_threshold(image, read) if threshold is None else threshold)
 

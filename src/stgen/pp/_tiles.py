@@ -11,6 +11,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.transformations import Affine, get_transformation
 
+from stgen._checks import check_positive
 from stgen._spatial.image import Histology, image_of
 from stgen._spatial.records import check_new_key, provenance, record, shallow_copy, write_circles, write_table
 from stgen._spatial.section import find_image
@@ -19,6 +20,9 @@ from stgen._spatial.tissue import tissue_mask
 __all__ = ["tile_grid"]
 
 logger = logging.getLogger("stgen")
+
+MOST_TILES = 1e7
+MOST_MASK_PX = 5e7  # of the mask of the tissue
 
 
 def tile_grid(
@@ -70,7 +74,15 @@ def tile_grid(
     - ``sdata.tables[table_key_added]``: a table of the tiles, without genes; ``obsm["spatial"]`` is x, y in µm from the
       upper left corner of the image, ``obs["tissue"]`` the share of tissue.
     - ``sdata.attrs["stgen"][key_added]``: ``"image_key"``, ``"spacing_um"``, ``"diameter_um"``, ``"min_tissue"``,
-      ``"image_mpp"`` (µm per pixel of the image), ``"n_tiles"``, ``"function"``, ``"version"``.
+      ``"image_mpp"`` (µm per pixel of the image), ``"n_tiles"``, ``"function"``, ``"version"``;
+      ``"image_full_scale"``, the value that was read as 1, where the type of the image does not say it, and
+      ``"image_alpha"`` where it has opacity.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If there is no such image, its µm per pixel are not known, it shows nothing, a number is out of its range, tiles would be
+        more than memory holds, none lies on tissue, or a key exists.
 
     Examples
     --------
@@ -81,9 +93,8 @@ def tile_grid(
     """
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
-    for name, value in (("spacing_um", spacing_um), ("diameter_um", diameter_um)):
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"`{name}` must be a positive number of µm, found {value!r}.")
+    check_positive("spacing_um", spacing_um)
+    check_positive("diameter_um", diameter_um)
     if not 0 <= min_tissue <= 1:
         raise ValueError(f"`min_tissue` must lie in [0, 1], found {min_tissue!r}.")
     image_key = find_image(sdata, image_key)
@@ -91,6 +102,7 @@ def tile_grid(
     check_new_key(sdata.shapes, key_added, overwrite=overwrite, what="sdata.shapes")
     check_new_key(sdata.tables, table_key_added, overwrite=overwrite, what="sdata.tables")
     image = image_of(sdata, image_key, mpp=mpp)
+    _check_number(image, spacing_um)
 
     xy_um = _hexagonal(image.width * image.mpp, image.height * image.mpp, spacing_um)
     share = _tissue_share(image, xy_um / image.mpp, spacing_um)
@@ -126,11 +138,23 @@ def tile_grid(
         diameter_um=diameter_um,
         min_tissue=min_tissue,
         image_mpp=image.mpp,
+        **image.record(),
         n_tiles=len(xy_um),
     )
     record(sdata, key_added, entry)
     logger.info("Laid %d tiles: shapes[%r] and tables[%r].", len(xy_um), key_added, table_key_added)
     return sdata if copy else None
+
+
+def _check_number(image: Histology, spacing_um: float) -> None:
+    """Refuse a grid whose tiles, or the mask that they are chosen by, would not fit in memory."""
+    width_um, height_um = image.width * image.mpp, image.height * image.mpp
+    n_tiles = width_um * height_um / (spacing_um**2 * np.sqrt(0.75))
+    if n_tiles > MOST_TILES:
+        raise ValueError(
+            f"Tiles {spacing_um:.4g} µm apart on an image of {width_um:.4g} x {height_um:.4g} µm would be {n_tiles:.2g}, more than "
+            f"the {MOST_TILES:.2g} that can be held. Pass a larger spacing_um, or check mpp={image.mpp:.4g}."
+        )
 
 
 def _planar(transformations: dict) -> dict:
@@ -153,9 +177,9 @@ def _hexagonal(width: float, height: float, spacing: float) -> np.ndarray:
 
 def _tissue_share(image: Histology, xy_px: np.ndarray, spacing_um: float) -> np.ndarray:
     """Share of tissue within a square of one spacing around each center."""
-    mask, pixel = tissue_mask(
-        image, mpp=max(image.mpp, min(spacing_um / 4, image.mpp * max(image.width, image.height) / 64))
-    )
+    wanted = min(spacing_um / 4, image.mpp * max(image.width, image.height) / 64)
+    least = image.mpp * max(1.0, np.sqrt(image.width * image.height / MOST_MASK_PX))
+    mask, pixel = tissue_mask(image, mpp=max(least, wanted))
     total = np.pad(np.cumsum(np.cumsum(mask, 0, dtype=np.int64), 1), ((1, 0), (1, 0)))
     half = spacing_um / image.mpp / 2
     x0, y0 = (np.clip(np.floor((xy_px[:, i] - half) / pixel).astype(int), 0, mask.shape[1 - i] - 1) for i in (0, 1))

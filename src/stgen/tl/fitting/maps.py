@@ -146,6 +146,7 @@ def _section(
                 f"the image {image_key!r} and the map {keys.map_key!r} of section {name!r} do not overlap. Correct the "
                 "transformation of one of them: spatialdata.transformations.set_transformation."
             )
+        image.record()  # says what is in doubt about its values, and refuses an image of nothing
         image = _kept(image, grid)
     low_res, measurement = keys.low_res_of(name), None
     if low_res is None:

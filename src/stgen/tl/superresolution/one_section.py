@@ -100,6 +100,7 @@ def superresolve_section(
             "tl.superresolve", model="Kriging", image=image_key, low_res=section.low_res, layer=layer, like=like, genes=genes, unit="counts per bin",
             bin_um=grid.bin_um, n_samples=n_samples, consistency=consistency, tile=tiling.tile, seed=seed, n_spots=len(kept),
             n_spots_left_out=len(spots) - len(kept), n_trusted=n_trusted, **model.summary(spots.pitch * grid.bin_um),
+            **section.image_record(),
         )  # fmt: skip
         keys = result.hand_over(target, entry, table)
     logger.info(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from spatialdata import SpatialData
 from stgen._checks import check_positive, only_key
 from stgen._spatial.counts import get_counts
 from stgen._spatial.grid import Grid, apply_affine, get_map
-from stgen._spatial.image import image_levels
+from stgen._spatial.image import histology_of
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.platforms import spot_pitch
 from stgen._spatial.section import annotated_region, get_section
@@ -126,6 +127,10 @@ class MeasuredSection:
         px_per_bin = max(1, round(grid.bin_um / max(FINEST_PX_UM, self._um_per_pixel())))
         read = grid.image_window(self.sdata, self.image_key, px_per_bin=px_per_bin)
         return bin_features(read, grid.height, grid.width, bin_um=grid.bin_um, px_per_bin=px_per_bin, progress=progress)
+
+    def image_record(self) -> dict[str, Any]:
+        """How the values of the image are read, for the record of a result."""
+        return {} if self.image_key is None else histology_of(self.sdata, self.image_key, mpp=1.0).record()
 
     def places(self, features: np.ndarray | None) -> Places:
         """Where the spots to learn from are, and the mean of the features over each."""
@@ -280,9 +285,8 @@ def _usable(
         )
     inside = ((spots.centers >= 0) & (spots.centers <= np.array([grid.height, grid.width]))).all(1)
     if image_key is not None:
-        sizes = image_levels(sdata.images[image_key])[0].sizes
         pixel = apply_affine(grid.to_element(sdata, image_key), spots.centers[:, ::-1])
-        inside &= ((pixel >= 0) & (pixel <= np.array([sizes["x"], sizes["y"]]))).all(1)
+        inside &= histology_of(sdata, image_key, mpp=1.0).covers(pixel)
     kept = np.flatnonzero(inside & (total > 0))
     if len(spots) > MOST:
         raise ValueError(

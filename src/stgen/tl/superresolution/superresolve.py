@@ -245,7 +245,7 @@ def superresolve(
         bin_um=grid.bin_um, n_samples=n_samples, steps=steps if model.stochastic else None,
         solver=solver if model.stochastic else None, consistency=consistency, tile=tiling.tile, seed=seed,
         **({"labels": labels_key} if model.needs_labels else {}), **({"prompt": prompt} if model.needs_text else {}),
-        **model.sampling_options,
+        **model.sampling_options, **({} if image is None else image.record()),
     )  # fmt: skip
     with MapResult(
         grid, genes, n_samples, key_added, keep_samples=keep_samples, store=store, tile=tiling.tile
