@@ -117,7 +117,7 @@ def test_typed_functions_keep_their_signature_and_their_own_errors():
         (check_key, ("key", "__a"), "`key` must be a name that can be stored"),
         (check_key, ("key", "x" * 300), "`key` must be a name that can be stored"),
         (check_genes, ([],), "`genes` must be names without repetition, at least one; found none."),
-        (check_genes, (["A", "A"],), "`genes` must be names without repetition, at least one; found A, A."),
+        (check_genes, (["A", "A"],), "`genes` must be names without repetition, found more than once: A."),
     ],
 )
 def test_a_check_has_one_wording(check, arguments, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stgen.diffusion import Diffusion, NoiseField, centered_noise
+from stgen.diffusion import Diffusion, NoiseField, centered_noise, weighted_mean
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 PREDICTIONS = ["epsilon", "x_0", "v"]
@@ -189,17 +189,17 @@ def test_loss_is_zero_for_a_network_that_knows_the_answer(prediction):
         alpha_bar = diffusion.alpha_bar(t, x_0)
         return diffusion.target(x_0, (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt(), t)
 
-    assert float(diffusion.loss(denoise, x_0)["loss"]) < 1e-4
+    assert float(diffusion.loss(denoise, x_0).losses["loss"]) < 1e-4
 
 
 def test_losses_of_a_network_that_starts_at_zero():
     torch.manual_seed(0)
     diffusion = Diffusion(learned_variance=True)
-    losses = diffusion.loss(lambda x_t, t: torch.zeros(len(x_t), 2, 50), random(2048, 50, dtype=torch.float32))
+    losses = diffusion.loss(lambda x_t, t: torch.zeros(len(x_t), 2, 50), random(2048, 50, dtype=torch.float32)).losses
     assert float(losses["mse"]) == pytest.approx(1, abs=0.02)
     assert 0 < float(losses["vlb"]) < 0.05
     assert float(losses["loss"]) == pytest.approx(float(losses["mse"] + losses["vlb"]))
-    assert set(Diffusion().loss(lambda x_t, t: x_t, random(4, 2))) == {"loss", "mse"}
+    assert set(Diffusion().loss(lambda x_t, t: x_t, random(4, 2)).losses) == {"loss", "mse"}
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -244,7 +244,7 @@ def test_variational_term_teaches_only_the_variance():
         output = torch.full((64, 2, 3), 0.3, requires_grad=True)
         diffusion = Diffusion(learned_variance=learned)
         torch.manual_seed(0)
-        losses = diffusion.loss(lambda x_t, t, o=output, both=learned: o if both else o[:, 0], x_0)
+        losses = diffusion.loss(lambda x_t, t, o=output, both=learned: o if both else o[:, 0], x_0).losses
         losses["loss"].backward()
         gradients[learned] = output.grad
     assert torch.equal(gradients[True][:, 0], gradients[False][:, 0])
@@ -440,3 +440,29 @@ def test_noise_field_of_some_samples_is_that_of_all():
     parts = [noise.field(*window, step=7, samples=slice(start, start + 2)) for start in (0, 2, 4)]
     assert [len(part) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat(parts), noise.field(*window, step=7))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x_0", "v"])
+def test_loss_says_what_the_network_was_given_and_made_of_it(prediction):
+    diffusion, seen = Diffusion(prediction=prediction), []
+
+    def denoise(x_t, t):
+        seen.append((x_t, t, torch.sin(x_t)))
+        return seen[-1][2]
+
+    step = diffusion.loss(denoise, random(16, 3))
+    assert len(seen) == 1
+    assert all(map(torch.equal, (step.x_t, step.t, step.prediction), seen[0]))
+    assert step.x_t.shape == (16, 3)
+    assert len(step.t.unique()) > 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_mean_does_not_depend_on_the_size_of_the_weights(dtype):
+    value, weight = torch.tensor([1.0, 5.0], dtype=dtype), torch.tensor([3.0, 1.0], dtype=dtype)
+    for scale in (1.0, 0.25, 2.0**-6):
+        assert float(weighted_mean(value, scale * weight)) == pytest.approx(2)
+    assert float(weighted_mean(value, torch.zeros(2, dtype=dtype))) == 0
+    value.requires_grad_()
+    weighted_mean(value, torch.zeros(2, dtype=dtype)).backward()
+    assert (value.grad == 0).all()

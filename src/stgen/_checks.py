@@ -11,7 +11,8 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -19,6 +20,7 @@ import numpy as np
 
 __all__ = [
     "check_choice",
+    "check_each",
     "check_flag",
     "check_genes",
     "check_key",
@@ -28,14 +30,17 @@ __all__ = [
     "check_prompt",
     "check_seed",
     "check_share",
+    "check_text",
     "check_types",
     "check_whole",
     "listed",
     "only_key",
+    "unknown_option",
 ]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 LARGEST = 2**31 - 1
 """The largest whole number that is taken where there is no smaller limit."""
@@ -122,6 +127,16 @@ def check_share(name: str, value: Any, within: str = "[0, 1)") -> float:
     raise ValueError(f"`{name}` must be a share in {within}, found {shown(value)}.")
 
 
+def check_each(name: str, values: object, check: Callable[[str, Any], T], *, least: int = 1) -> list[T]:
+    """A list of at least so many values, each of which passes a check: ``check_each("widths", widths, check_whole)``."""
+    if not is_sequence(values):
+        raise TypeError(f"`{name}` must be a list, found {shown(values)}.")
+    items = list(values)  # type: ignore[call-overload]
+    if len(items) < least:
+        raise ValueError(f"`{name}` must hold at least {least} value{'s' * (least > 1)}, found {shown(items)}.")
+    return [check(f"{name}[{i}]", item) for i, item in enumerate(items)]
+
+
 # -- words ---------------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +153,25 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     if isinstance(value, str) and value in choices:
         return value
     raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, found {shown(value)}.")
+
+
+def check_text(name: str, value: object) -> str:
+    """Text that is not empty."""
+    if isinstance(value, str) and value.strip():
+        return str(value)
+    raise ValueError(f"`{name}` must be text, found {shown(value)}.")
+
+
+def unknown_option(owner: str, given: Iterable[str], known: Collection[str]) -> TypeError | None:
+    """What to raise if there is no option of some name that is given: names those that there are, and the nearest."""
+    wrong = [name for name in given if name not in known]
+    if not wrong:
+        return None
+    near = get_close_matches(wrong[0], known, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return TypeError(
+        f"{owner} takes no option {', '.join(map(repr, wrong))}.{hint} Its options are {', '.join(sorted(known))}."
+    )
 
 
 def check_prompt(prompt: object) -> str:
@@ -188,7 +222,10 @@ def check_genes(genes: Any, name: str = "genes") -> list[str]:
     if not is_sequence(genes) or not all(isinstance(gene, str) for gene in genes):
         raise TypeError(f"`{name}` must be a list of names, found {shown(genes)}.")
     names = [str(gene) for gene in genes]
-    if not names or not all(names) or len(set(names)) < len(names):
+    if len(set(names)) < len(names):
+        twice = sorted({gene for gene in names if names.count(gene) > 1})
+        raise ValueError(f"`{name}` must be names without repetition, found more than once: {listed(twice)}.")
+    if not names or not all(names):
         raise ValueError(f"`{name}` must be names without repetition, at least one; found {listed(names)}.")
     return names
 

@@ -11,17 +11,30 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Diffusion", "NoiseField", "centered_noise", "weighted_mean"]
+__all__ = ["Diffusion", "DiffusionLoss", "NoiseField", "centered_noise", "weighted_mean"]
 
 Prediction = Literal["epsilon", "x_0", "v"]
 Solver = Literal["dpm++", "ddim", "ddpm"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class DiffusionLoss(NamedTuple):
+    """Losses of a batch, and what the network was given and said; see :meth:`Diffusion.loss`."""
+
+    losses: dict[str, Tensor]
+    """The total under ``"loss"``, every term by its name."""
+    x_t: Tensor
+    """Noised values, shape ``(B, ...)``."""
+    t: Tensor
+    """Their noise levels, shape ``(B,)``."""
+    prediction: Tensor
+    """What the network made of them, of the shape of ``x_t``; :meth:`Diffusion.to_x_0` gives the estimate that it implies."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class Diffusion:
 
     def loss(
         self, denoise: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, weight: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    ) -> DiffusionLoss:
         """Training loss at uniformly drawn noise levels.
 
         Parameters
@@ -132,18 +145,29 @@ class Diffusion:
 
         Returns
         -------
-        ``"mse"``, the mean squared error of the prediction (DDPM, Eq. 14; Stem, Section 4), with a learned variance
-        also ``"vlb"`` (in bits), and their sum ``"loss"``.
+        The losses, and the noised values, noise levels and predictions that they are of. Losses are ``"mse"``, the mean
+        squared error of the prediction (DDPM, Eq. 14; Stem, Section 4), with a learned variance also ``"vlb"`` (in bits),
+        and their sum ``"loss"``.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from stgen.diffusion import Diffusion
+        >>> diffusion = Diffusion(prediction="x_0")
+        >>> step = diffusion.loss(lambda x_t, t: torch.ones_like(x_t), torch.ones(4, 5))
+        >>> step.losses["mse"], torch.equal(diffusion.to_x_0(step.prediction, step.x_t, step.t), torch.ones(4, 5))
+        (tensor(0.), True)
         """
         t = torch.randint(self.timesteps, (len(x_0),), device=x_0.device)
         eps = torch.randn_like(x_0)
         x_t = self.add_noise(x_0, eps, t)
         prediction, fraction = self.split(denoise(x_t, t))
         mse = weighted_mean((prediction - self.target(x_0, eps, t)).square(), weight)
-        if fraction is None:
-            return {"loss": mse, "mse": mse.detach()}
-        vlb = self.variational_term(prediction.detach(), fraction, x_0, x_t, t, weight)
-        return {"loss": mse + vlb, "mse": mse.detach(), "vlb": vlb.detach()}
+        losses = {"loss": mse, "mse": mse.detach()}
+        if fraction is not None:
+            vlb = self.variational_term(prediction.detach(), fraction, x_0, x_t, t, weight)
+            losses = {"loss": mse + vlb, "mse": mse.detach(), "vlb": vlb.detach()}
+        return DiffusionLoss(losses, x_t, t, prediction)
 
     def variational_term(
         self, prediction: Tensor, fraction: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, weight: Tensor | None = None
@@ -235,7 +259,13 @@ class Diffusion:
             x_t = scheduler.step(x_0, t, x_t).prev_sample
         return x_t
 
-    def _ancestral(self, estimate: Callable, x_t: Tensor, steps: int, noise: Callable[[], Tensor]) -> Tensor:
+    def _ancestral(
+        self,
+        estimate: Callable[..., tuple[Tensor, Tensor | None]],
+        x_t: Tensor,
+        steps: int,
+        noise: Callable[[], Tensor],
+    ) -> Tensor:
         """Draw every ``x_s`` from its posterior given the estimated clean value. DDPM, Algorithm 2."""
         levels = torch.linspace(self.timesteps - 1, 0, steps).round().long()
         for t, s in zip(levels, [*levels[1:], torch.tensor(-1)], strict=True):
@@ -245,7 +275,7 @@ class Diffusion:
             x_t = mean if s[0] < 0 else mean + (log_var / 2).exp() * noise()
         return x_t
 
-    def _scheduler(self, solver: str):
+    def _scheduler(self, solver: str) -> Any:
         """The diffusers solver of that name, told that it is given clean values."""
         from diffusers import DPMSolverMultistepScheduler
 
@@ -259,7 +289,7 @@ class Diffusion:
 
 
 def weighted_mean(value: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of ``value``, weighted if need be; a weight broadcasts.
+    """Mean of ``value``, weighted if need be; a weight broadcasts. Where all weights are zero, so is the mean.
 
     Examples
     --------
@@ -271,7 +301,8 @@ def weighted_mean(value: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return value.mean()
     weight = weight.expand_as(value)
-    return (value * weight).sum() / weight.sum().clamp(min=1)
+    total = (value * weight).sum()
+    return total / weight.sum().clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def centered_noise(n_samples: int, shape: Sequence[int], generator: Sequence[torch.Generator]) -> Tensor:

@@ -10,32 +10,81 @@ import json
 import logging
 import os
 import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from stgen.data import MapData, SpotData, StepSampler
+from stgen.data import Batch, StepSampler
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from stgen.models._base import DiffusionModel
-
-__all__ = ["check_device", "fit"]
+__all__ = ["Dataset", "Trainable", "check_device", "fit"]
 
 logger = logging.getLogger("stgen")
 
+History = dict[str, list[float]]
+
+
+class Dataset(Protocol):
+    """What can be trained on: items with several views (rotations of an image, say), each a part of a batch."""
+
+    n_views: int
+
+    @property
+    def noise_levels(self) -> int:
+        """Noise levels at which each item of a validation set is scored."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Batch: ...
+
+    def fingerprint(self) -> list[str]:
+        """What tells this dataset from another, for the checkpoint of a run."""
+
+
+class Trainable(nn.Module, ABC):
+    """A module that :func:`fit` can train: it says what to minimize.
+
+    Attributes
+    ----------
+    config
+        What it was constructed with, JSON values; a checkpoint belongs to it.
+    progress
+        Share of the training that is done, from 0 to 1, for what changes while it proceeds; 1 when it does not.
+    """
+
+    config: Mapping[str, Any]
+    progress: float = 1.0
+
+    @property
+    def adversary(self) -> nn.Module | None:
+        """The part of the model that is trained against the rest, if there is one."""
+        return None
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Training losses of a batch: the total under ``"loss"``, every term by its name.
+
+        With an :attr:`adversary`, in training, also ``"discriminator"``: what it minimizes. No gradient of it reaches the
+        rest of the model, and none of ``"loss"`` the adversary.
+        """
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """:meth:`loss`, under the name that wrappers for several GPUs call."""
+        return self.loss(batch)
+
 
 def fit(
-    model: DiffusionModel,
-    train: SpotData | MapData,
-    validation: SpotData | MapData | None = None,
+    model: Trainable,
+    train: Dataset,
+    validation: Dataset | None = None,
     *,
     steps: int,
     batch_size: int = 64,
@@ -51,7 +100,7 @@ def fit(
     precision: Literal["no", "bf16", "fp16"] | None = None,
     num_workers: int = 0,
     progress: bool = True,
-) -> dict[str, list[float]]:
+) -> History:
     """Train a model in place; it ends with the moving average of its weights that validated best.
 
     Parameters
@@ -125,8 +174,8 @@ def fit(
     state = _State(model, accelerator, lr=lr, weight_decay=weight_decay, ema_decay=ema_decay, signature=signature)
     if checkpoint is not None:
         state.restore(Path(checkpoint))
-    loader = DataLoader(
-        train,
+    loader: Any = DataLoader(
+        train,  # type: ignore[arg-type]  # which wants torch's own class, and uses no more than the protocol
         batch_sampler=_Shard(
             StepSampler(len(train), train.n_views, batch_size=batch_size, start=state.step, stop=steps, seed=seed),
             accelerator.process_index,
@@ -134,7 +183,7 @@ def fit(
         ),
         num_workers=num_workers,
     )
-    quiet = {} if progress and accelerator.is_local_main_process else {"disable": True}
+    quiet: dict[str, Any] = {} if progress and accelerator.is_local_main_process else {"disable": True}
     bar = tqdm(total=steps, initial=state.step, desc=f"fit {type(model).__name__}", unit="step", **quiet)
     try:
         with torch.random.fork_rng(), bar:
@@ -163,7 +212,16 @@ def fit(
 class _State:
     """Everything that changes while a run proceeds, and how to write it down."""
 
-    def __init__(self, model, accelerator, *, lr, weight_decay, ema_decay, signature) -> None:
+    def __init__(
+        self,
+        model: Trainable,
+        accelerator: Any,
+        *,
+        lr: float,
+        weight_decay: float,
+        ema_decay: float,
+        signature: dict[str, Any],
+    ) -> None:
         from diffusers.training_utils import EMAModel  # heavy, and needed only here
 
         self.model, self.accelerator, self.signature = model.train(), accelerator, signature
@@ -174,11 +232,11 @@ class _State:
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = EMAModel(self.parameters, decay=ema_decay)
         self.step, self.stale, self.best_loss, self.stopped = 0, 0, float("inf"), False
-        self.best: list[torch.Tensor] | None = None
-        self.history: dict[str, list[float]] = {"step": []}
+        self.best: list[Tensor] | None = None
+        self.history: History = {"step": []}
         self.recent: list[dict[str, float]] = []
 
-    def update(self, batch: dict[str, torch.Tensor], max_grad_norm: float | None) -> None:
+    def update(self, batch: dict[str, Tensor], max_grad_norm: float | None) -> None:
         """One optimization step."""
         batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         with self.accelerator.autocast():
@@ -193,7 +251,7 @@ class _State:
         self.step += 1
         self.recent.append({name: float(value.detach()) for name, value in losses.items()})
 
-    def evaluate(self, validation: SpotData | MapData | None, batch_size: int, seed: int, patience: int | None) -> None:
+    def evaluate(self, validation: Dataset | None, batch_size: int, seed: int, patience: int | None) -> None:
         """Note the mean losses since the last evaluation, and the validation loss of the averaged weights."""
         self.history["step"].append(self.step)
         for name in self.recent[0]:
@@ -229,7 +287,7 @@ class _State:
             self.model.train()
 
     @torch.no_grad()
-    def validation_loss(self, validation: SpotData | MapData, batch_size: int, seed: int) -> float:
+    def validation_loss(self, validation: Dataset, batch_size: int, seed: int) -> float:
         """Loss on the validation data at noise that is the same in every evaluation."""
         total = 0.0
         with torch.random.fork_rng():
@@ -302,7 +360,7 @@ class _State:
         for name, value in scalars.items():
             setattr(self, name, value)
         tensors = load_file(folder / "state.safetensors", device=str(self.accelerator.device))
-        groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "best": {}, "optimizer": {}}
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "best": {}, "optimizer": {}}
         for name, value in tensors.items():
             group, rest = name.split(".", 1)
             groups[group][rest] = value
@@ -355,7 +413,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _accelerator(device: str | None, precision: str | None):
+def _accelerator(device: str | None, precision: str | None) -> Any:
     """An Accelerator for that device. Its state is a process-wide singleton, which another choice must replace."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState

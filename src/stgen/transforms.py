@@ -29,7 +29,7 @@ def unit(name: TransformName) -> str:
     >>> unit("log1p_raw")
     'log1p(counts)'
     """
-    if name not in UNITS:
+    if not isinstance(name, str) or name not in UNITS:
         raise ValueError(f"unknown transform {name!r}; the transforms are {', '.join(map(repr, UNITS))}.")
     return UNITS[name]
 

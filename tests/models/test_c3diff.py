@@ -3,51 +3,36 @@ from __future__ import annotations
 import json
 import logging
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import default_collate
+from tests.models import conftest
+from tests.models.conftest import as_double, batch_of, inputs, randomized
 
 import stgen.train
 from stgen import models
-from stgen.data import MapData, MapSection
 from stgen.diffusion import weighted_mean
-from stgen.measurement import Measurement
-from stgen.models import C3Diff, _c3diff
-from stgen.models._c3diff import (
-    CONTRASTIVE,
-    PRESETS,
-    TAU,
-    GeneCode,
-    ZeroControl,
-    augment,
-    contrastive_loss,
-    guided,
-    impute,
-)
-from stgen.models._maps import hidden_apart
+from stgen.models import C3Diff, _map_diffusion
+from stgen.models._map_diffusion import conditioning_dropout
+from stgen.models.c3diff import model as c3diff_model
+from stgen.models.c3diff.losses import CONTRASTIVE, augment, contrastive_loss, guided, impute
+from stgen.models.c3diff.model import TAU
+from stgen.models.c3diff.networks import GeneCode, ZeroControl
+from stgen.models.c3diff.options import PRESETS
 
 GENES = ["A", "B", "C"]
 SMALL = {"factor": 4, "px_per_bin": 2, "width": 8, "code": 8, "widths": [8, 8], "control_widths": [8, 8]}
 TABLE = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 4)), index=list("ABCDEF"))
-QUICK = {"batch_size": 8, "progress": False, "device": "cpu", "seed": 5}
+QUICK = {**conftest.QUICK, "batch_size": 8}
 SPHERES = ["modality_h", "content_h", "modality_y", "content_y"]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def randomized(module, seed=0, std=0.3):
-    """The module with weights at random instead of at their start, where some are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return module.eval()
+reached = partial(conftest.reached, deep=("to_sphere",))
+map_data = partial(conftest.map_data, side=24, tile=8, border=16)
 
 
 def c3diff(genes=GENES, *, random=True, **options):
@@ -60,58 +45,9 @@ def c3diff(genes=GENES, *, random=True, **options):
     return model
 
 
-def inputs(model, *, batch_size=2, side=None, seed=0):
-    """A batch of conditions."""
-    generator = torch.Generator().manual_seed(seed)
-    config, side = model.config, side or 2 * model.align
-    pixels = side * config["px_per_bin"]
-    return {
-        "h": torch.randn(batch_size, config["image_channels"], pixels, pixels, generator=generator),
-        "y": torch.rand(batch_size, len(model.genes), side, side, generator=generator) + 0.1,
-        "valid": torch.ones(batch_size, 1, side, side),
-    }
-
-
-def as_double(model, batch):
-    return model.double(), {name: value.double() for name, value in batch.items()}
-
-
-def map_data(seed=0, side=24, tile=8, n_genes=3, measured=(True,), **options):
-    """Tiles of sections, with low-resolution maps or without, whose counts follow from their images."""
-    rng, sections = np.random.default_rng(seed), []
-    weight = rng.normal(size=(n_genes, 3)) / 2
-    for known in measured:
-        mean = rng.normal(size=(3, side // 4, side // 4)).repeat(4, 1).repeat(4, 2) * 1.5
-        counts = rng.poisson(np.exp(0.5 + np.einsum("gc,chw->ghw", weight, mean))).astype(np.float32)
-        pixels = np.pad(mean.repeat(2, 1).repeat(2, 2), ((0, 0), (16, 16), (16, 16)), mode="edge").astype(np.float32)
-        low = counts.reshape(n_genes, side // 4, 4, side // 4, 4).sum((2, 4))
-        tissue = np.ones((side, side), bool)
-        tissue[:2, :3] = False
-
-        def image(y, x, height, width, pixels=pixels):
-            return pixels[:, 2 * y + 16 : 2 * (y + height) + 16, 2 * x + 16 : 2 * (x + width) + 16]
-
-        sections.append(MapSection(counts, image, Measurement.from_map(low, 4) if known else None, tissue))
-    return MapData(sections, tile=tile, **{"stride": 4, **options})
-
-
 @pytest.fixture(scope="module")
 def data():
     return map_data()
-
-
-def batch_of(data, *rows):
-    return default_collate([data[i] for i in rows])
-
-
-def reached(module):
-    """Parts of a model to which a gradient came."""
-    parts = set()
-    for name, p in module.named_parameters():
-        if p.grad is not None and p.grad.abs().max() > 0:
-            assert p.grad.isfinite().all()
-            parts.add(".".join(name.split(".")[: 2 if name.startswith("to_sphere") else 1]))
-    return parts
 
 
 # ---- information augmentation: Eq. 1 ----------------------------------------------------------------------------------
@@ -154,7 +90,7 @@ def test_only_features_of_low_resolution_maps_are_augmented_and_only_in_training
         assert ((0.4 < change) & (change < 1)).all()  # 2 - 2 / sqrt(1 + 128 0.1^2) = 0.68 is expected
     for f in (*noised[:4], *noised.embeddings.values()):
         torch.testing.assert_close(f.square().sum(1), torch.ones_like(f[:, 0]))
-    model.config["augmentation"] = False
+    model = c3diff(sigma=0.1, augmentation=False).train()
     assert all(map(torch.equal, model.encode(batch, present)[:4], still[:4]))
 
 
@@ -360,19 +296,19 @@ def test_without_any_map_there_is_nothing_to_impute():
 
 def test_never_all_maps_are_hidden():
     present = torch.tensor([True, False, True, True, False, True])
-    shown = torch.stack([hidden_apart(present, 0.9) for _ in range(2000)])
+    shown = torch.stack([conditioning_dropout(present, 0.9) for _ in range(2000)])
     assert (shown & present).any(1).all()
     assert shown[:, [1, 4]].float().mean() == pytest.approx(0.1, abs=0.02)
     alone = torch.tensor([False, True])
-    assert all(hidden_apart(alone, 0.99)[1] for _ in range(50))
-    assert hidden_apart(present, 0.0).all()
-    shown = torch.stack([hidden_apart(torch.ones(8, dtype=torch.bool), 0.3) for _ in range(2000)])
+    assert all(conditioning_dropout(alone, 0.99)[1] for _ in range(50))
+    assert conditioning_dropout(present, 0.0).all()
+    shown = torch.stack([conditioning_dropout(torch.ones(8, dtype=torch.bool), 0.3) for _ in range(2000)])
     assert shown.float().mean() == pytest.approx(0.7, abs=0.02)
 
 
 @pytest.mark.parametrize("imputation", ["similarity", "mean", "zero", "drop"])
 def test_tiles_without_a_map_are_left_out_only_with_drop(data, imputation, monkeypatch):
-    monkeypatch.setattr(_c3diff, "hidden_apart", lambda present, p: torch.tensor([True, False, True]))
+    monkeypatch.setattr(_map_diffusion, "conditioning_dropout", lambda present, p: torch.tensor([True, False, True]))
     model = c3diff(imputation=imputation, augmentation=False).train()
     batch = batch_of(data, 0, 5, 9)
     changed = {**batch, "x": batch["x"] + torch.tensor([0.0, 1, 0])[:, None, None, None]}
@@ -470,7 +406,9 @@ def test_denoiser_is_guided(weight):
     assert not torch.allclose(conditional, unconditional, atol=1e-2)
     model.guidance = weight
     torch.testing.assert_close(model.denoise(x_t, t, cond), weight * conditional + (1 - weight) * unconditional)
-    assert model.config["guidance"] == c3diff(guidance=weight).guidance == weight
+    assert model.sampling_options == {"guidance": weight}
+    assert model.config["guidance"] == 1  # what it was constructed with
+    assert c3diff(guidance=weight).config["guidance"] == c3diff(guidance=weight).guidance == weight
 
 
 def test_loss_is_not_guided(data):
@@ -627,7 +565,7 @@ def test_genes_are_batched_over(most, sizes, guidance, monkeypatch):
     cond, x_t, t = model.condition(inputs(model)), torch.randn(2, 5, 8, 8), torch.tensor([100, 600])
     expected, seen, predict = model.denoise(x_t, t, cond), [], C3Diff._predict
     monkeypatch.setattr(C3Diff, "_predict", lambda m, x, *args: seen.append(x.shape[1]) or predict(m, x, *args))
-    monkeypatch.setattr(_c3diff, "MOST_VALUES", most)
+    monkeypatch.setattr(c3diff_model, "MOST_VALUES", most)
     with torch.no_grad():
         torch.testing.assert_close(model.denoise(x_t, t, cond), expected, rtol=1e-5, atol=1e-5)
     assert seen[:: 1 if guidance == 1 else 2] == sizes
@@ -757,7 +695,7 @@ def test_other_genes_need_a_table_and_a_fit():
         model.with_genes(["D"], TABLE)
     with pytest.raises(ValueError, match=r"has not been fitted; call stgen\.tl\.fit"):
         c3diff(gene_embedding=TABLE).with_genes(["D"], TABLE)
-    with pytest.raises(ValueError, match="must be unique"):
+    with pytest.raises(ValueError, match="without repetition"):
         c3diff(["A", "B", "A"])
 
 
@@ -1029,7 +967,7 @@ def test_presets_say_how_to_train(preset, monkeypatch):
     options = {}
     monkeypatch.setattr(stgen.train, "fit", lambda *args, **kwargs: options.update(kwargs) or {})
     c3diff(preset=preset, bin_um=160.0).fit(map_data(tile=16, stride=8), steps=7)
-    assert options == {**PRESETS[preset]["training"], "steps": 7}
+    assert options == {**PRESETS[preset].training, "steps": 7}
     assert options["batch_size"] >= 8
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import default_collate
+from tests.models.conftest import QUICK, batch_of, inputs, randomized
+from tests.models.conftest import shapes_of as names
 
 import stgen.train
 from stgen import models
@@ -14,20 +15,18 @@ from stgen.data import MapData, MapSection
 from stgen.diffusion import weighted_mean
 from stgen.measurement import Measurement
 from stgen.models import DiffST
-from stgen.models._diffst import (
+from stgen.models._layers import draw_weights
+from stgen.models.diffst.graph import CoExpressionGraph, co_expression_intensity, graph_update
+from stgen.models.diffst.networks import (
     CellHierarchy,
-    CoExpressionGraph,
     CrossModalModulation,
     Disentangling,
-    co_expression_intensity,
     disentangling_loss,
     from_regions,
-    graph_update,
     modulate,
     patch_entropy,
     regions,
 )
-from stgen.models._layers import draw_weights
 
 GENES = ["A", "B", "C"]
 SMALL = {
@@ -42,30 +41,10 @@ SWITCHES = ["modulation", "graph", "hierarchy", "disentangle", "residual"]  # ea
 PARTS = {"modulation": "modulation.", "graph": "graph.", "hierarchy": "cells.", "disentangle": "disentangling.", "residual": "mean."}  # fmt: skip
 
 
-def randomized(module, seed=0, std=0.3):
-    """The module with weights at random instead of at their start, where some are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return module.eval()
-
-
 def diffst(genes=GENES, *, random=True, **options):
     torch.manual_seed(0)
     model = DiffST(genes, **{**SMALL, **options}).eval()
     return randomized(model, std=0.2) if random else model
-
-
-def inputs(model, *, batch_size=2, side=None, seed=0):
-    """A batch of conditions."""
-    generator = torch.Generator().manual_seed(seed)
-    config, side = model.config, side or 2 * model.align
-    pixels = side * config["px_per_bin"]
-    return {
-        "h": torch.randn(batch_size, config["image_channels"], pixels, pixels, generator=generator),
-        "y": torch.rand(batch_size, len(model.genes), side, side, generator=generator) + 0.1,
-        "valid": torch.ones(batch_size, 1, side, side),
-    }
 
 
 def map_data(seed=0, side=32, tile=16, n_genes=3, channels=3, factor=4, px=2, **options):
@@ -97,19 +76,12 @@ def data():
     return map_data()
 
 
-QUICK = {"batch_size": 2, "progress": False, "device": "cpu", "seed": 5}
-
-
 @pytest.fixture(scope="module")
 def trained(data):
     model = diffst(random=False)
     model.fit(data, steps=2, **QUICK)
     model.record = {"sections": ["one"]}
     return model
-
-
-def batch_of(data, *rows):
-    return default_collate([data[i] for i in rows])
 
 
 # ---- hierarchical histology: Section 2.2 (2) ------------------------------------------------------------------------
@@ -464,10 +436,6 @@ def test_genes_see_each_other_through_the_graph():
 
 
 # ---- switches -------------------------------------------------------------------------------------------------------
-
-
-def names(model):
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

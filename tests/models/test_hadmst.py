@@ -3,45 +3,47 @@ from __future__ import annotations
 import copy
 import json
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.models import conftest
+from tests.models.conftest import QUICK, as_double, batch_of, randomized
+from tests.models.conftest import shapes_of as names
 from torch import nn
-from torch.utils.data import default_collate
 
 import stgen.train
 from stgen import models
-from stgen.data import MapData, MapSection
+from stgen.data import MapData
 from stgen.diffusion import Diffusion
-from stgen.measurement import Measurement
-from stgen.models import HaDMST, _hadmst
-from stgen.models._hadmst import (
+from stgen.models import HaDMST, _map_diffusion
+from stgen.models._layers import draw_weights, timestep_embedding
+from stgen.models.hadmst import model as hadmst_model
+from stgen.models.hadmst import networks
+from stgen.models.hadmst.discriminator import (
     NODE,
-    PAIRS,
-    PRESETS,
-    TAU,
-    Alignment,
+    DiscriminatorOutput,
     GeneDiscriminator,
-    GeneHead,
-    SemanticTransformer,
-    TransformerLayer,
-    Verdict,
+    gene_graph,
+    graph_convolution,
+)
+from stgen.models.hadmst.losses import (
+    PAIRS,
+    TAU,
     adversarial_loss,
     alignment_loss,
     cosine_loss,
     distillation_loss,
     euclidean_loss,
-    gene_graph,
-    graph_convolution,
     hinge_loss,
     info_nce_loss,
-    little_noised,
+    low_noise_mask,
     region_pairs,
 )
-from stgen.models._layers import draw_weights
+from stgen.models.hadmst.networks import Alignment, GeneHead, SemanticTransformer, TransformerLayer
+from stgen.models.hadmst.options import PRESETS
 
 GENES = ["A", "B", "C"]
 SMALL = {
@@ -49,24 +51,18 @@ SMALL = {
     "widths": [8, 8, 8], "mean_widths": [8, 8], "gene_width": 4, "text_dim": 16,
     "text_encoder": "hashed", "alignment_weight": 0.05,
 }  # fmt: skip
-QUICK = {"batch_size": 2, "progress": False, "device": "cpu", "seed": 5}
 WEIGHTS = {"mean": 1.0, "semantic": 0.1, "alignment": 0.05}  # of the terms of the default loss
 DOUBLE = {"dtype": torch.float64}
 
 
+inputs = partial(conftest.inputs, names=("h", "s", "text", "y", "valid"))
+map_data = partial(conftest.map_data, side=32, tile=16, nuclei=True, text_dim=16)
+reached = partial(conftest.reached, deep=("semantic",))
+
+
 @pytest.fixture(autouse=True)
-def seeded(monkeypatch):
-    torch.manual_seed(0)
+def few_tiles(monkeypatch):
     monkeypatch.setattr("stgen.models._maps.N_TILES", 16)
-    monkeypatch.setattr("stgen.models._hadmst.N_TILES", 16)
-
-
-def randomized(module, seed=0, std=0.3):
-    """The module with weights at random instead of at their start, where some are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std, generator=generator)
-    return module.eval()
 
 
 def hadmst(genes=GENES, *, random=True, **options):
@@ -92,70 +88,9 @@ def _hadmst_of(config, random):
     return model
 
 
-def inputs(model, *, batch_size=2, side=None, seed=0):
-    """A batch of conditions."""
-    generator = torch.Generator().manual_seed(seed)
-    config, side = model.config, side or 2 * model.align
-    pixels = side * config["px_per_bin"]
-    return {
-        "h": torch.randn(batch_size, config["image_channels"], pixels, pixels, generator=generator),
-        "s": torch.rand(batch_size, 1, pixels, pixels, generator=generator),
-        "text": torch.randn(batch_size, config["text_dim"], generator=generator),
-        "y": torch.rand(batch_size, len(model.genes), side, side, generator=generator) + 0.1,
-        "valid": torch.ones(batch_size, 1, side, side),
-    }
-
-
-def as_double(model, batch):
-    return model.double(), {name: value.double() for name, value in batch.items()}
-
-
-def map_data(seed=0, side=32, tile=16, n_genes=3, measured=(True,), **options):
-    """Tiles of sections, with low-resolution maps or without, whose counts follow from their images."""
-    rng, sections = np.random.default_rng(seed), []
-    weight = rng.normal(size=(n_genes, 3)) / 2
-    for known in measured:
-        mean = rng.normal(size=(3, side // 4, side // 4)).repeat(4, 1).repeat(4, 2) * 1.5
-        counts = rng.poisson(np.exp(0.5 + np.einsum("gc,chw->ghw", weight, mean))).astype(np.float32)
-        pixels = np.pad(mean.repeat(2, 1).repeat(2, 2), ((0, 0), (32, 32), (32, 32)), mode="edge").astype(np.float32)
-        nuclei = (rng.random((1, *pixels.shape[1:])) < 0.3).astype(np.float32)
-        low = counts.reshape(n_genes, side // 4, 4, side // 4, 4).sum((2, 4))
-        tissue = np.ones((side, side), bool)
-        tissue[:2, :3] = False
-
-        def window(y, x, height, width, pixels=pixels):
-            return pixels[:, 2 * y + 32 : 2 * (y + height) + 32, 2 * x + 32 : 2 * (x + width) + 32]
-
-        def labels(*at, nuclei=nuclei, window=window):
-            return window(*at, pixels=nuclei)
-
-        text = rng.normal(size=16).astype(np.float32)
-        low = Measurement.from_map(low, 4) if known else None
-        sections.append(MapSection(counts, window, low, tissue, labels, text))
-    return MapData(sections, tile=tile, **{"stride": 4, **options})
-
-
 @pytest.fixture(scope="module")
 def data():
     return map_data()
-
-
-def batch_of(data, *rows):
-    return default_collate([data[i] for i in rows])
-
-
-def reached(module):
-    """Parts of a model to which a gradient came."""
-    parts = set()
-    for name, p in module.named_parameters():
-        if p.grad is not None and p.grad.abs().max() > 0:
-            assert p.grad.isfinite().all()
-            parts.add(".".join(name.split(".")[: 2 if name.startswith("semantic") else 1]))
-    return parts
-
-
-def names(module):
-    return {name: tuple(p.shape) for name, p in module.named_parameters()}
 
 
 def states(model):
@@ -182,7 +117,7 @@ def distillation_by_loops(predicted, x, known, token):
         if share:
             total += share * abs(predicted[b, g, i, j] - (bins * where).sum() / where.sum())
             weight += share
-    return total / max(weight, 1)
+    return total / weight if weight else 0.0
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -573,7 +508,7 @@ def test_drawn_weights_follow_the_seed_and_edges_stay():
 
 
 def test_losses_of_a_verdict_written_out():
-    real, fake = (Verdict(torch.randn(3, 5, **DOUBLE) * 2, torch.randn(3, **DOUBLE) * 2) for _ in range(2))
+    real, fake = (DiscriminatorOutput(torch.randn(3, 5, **DOUBLE) * 2, torch.randn(3, **DOUBLE) * 2) for _ in range(2))
 
     def mean(values):
         return sum(values) / len(values)
@@ -596,7 +531,7 @@ def test_losses_of_a_verdict_written_out():
     ],
 )
 def test_estimates_at_little_noise_are_judged_and_at_least_one(t, judged):
-    assert little_noised(torch.tensor(t), 1000).tolist() == judged
+    assert low_noise_mask(torch.tensor(t), 1000).tolist() == judged
 
 
 def test_one_gene_cannot_be_judged_by_others():
@@ -822,9 +757,9 @@ def test_each_term_is_what_it_says(data, at_levels, residual):
 
 def adversarial_of(model, batch, monkeypatch):
     """The losses, and the adversarial term before it is detached."""
-    kept, loss = [], _hadmst.adversarial_loss
+    kept, loss = [], adversarial_loss
     with monkeypatch.context() as patch:
-        patch.setattr(_hadmst, "adversarial_loss", lambda fake: kept.append(loss(fake)) or kept[-1])
+        patch.setattr(hadmst_model, "adversarial_loss", lambda fake: kept.append(loss(fake)) or kept[-1])
         losses = model.loss(batch)
     return losses, *kept
 
@@ -1016,8 +951,8 @@ def test_average_of_the_weights_is_of_the_model_only(data, steps):
 def test_best_weights_are_of_the_model_only(data, steps, monkeypatch):
     losses = iter([2.0, 1.0, 3.0])
     monkeypatch.setattr(stgen.train._State, "validation_loss", lambda *_: next(losses))
-    monkeypatch.setattr(_hadmst, "BEGIN", 2.0)  # else the shorter run sees more of the adversary
-    monkeypatch.setattr(_hadmst, "FULL", 3.0)
+    monkeypatch.setattr(hadmst_model, "BEGIN", 2.0)  # else the shorter run sees more of the adversary
+    monkeypatch.setattr(hadmst_model, "FULL", 3.0)
     options = {**QUICK, "evaluate_every": 2, "patience": None}
     model, best = hadmst(random=False), hadmst(random=False)
     model.fit(data, map_data(seed=1, side=16), steps=6, **options)
@@ -1042,8 +977,8 @@ def test_validation_uses_averaged_weights_without_a_discriminator(data, monkeypa
 
 def test_an_adversary_that_does_not_count_changes_nothing(data, monkeypatch):
     """The rest of the model is then trained, step by step, as if there were none; and the discriminator all the same."""
-    monkeypatch.setattr(_hadmst, "BEGIN", 2.0)
-    monkeypatch.setattr(_hadmst, "FULL", 3.0)
+    monkeypatch.setattr(hadmst_model, "BEGIN", 2.0)
+    monkeypatch.setattr(hadmst_model, "FULL", 3.0)
     models, histories = [hadmst(random=False, adversarial_weight=w) for w in (0.5, 0)], []
     before = states(models[0])[1]
     for model in models:
@@ -1158,7 +1093,7 @@ def test_values_that_are_not_valid_do_not_matter(scale):
 @pytest.mark.parametrize("scale", ["std", "map"])
 def test_map_that_is_hidden_in_training_is_seen_by_nothing(scale, monkeypatch):
     """Neither by the network nor by the scale; the item is then one that has none."""
-    monkeypatch.setattr(_hadmst, "hidden_apart", lambda present, p: torch.tensor([True, False]))
+    monkeypatch.setattr(_map_diffusion, "conditioning_dropout", lambda present, p: torch.tensor([True, False]))
     model = hadmst(scale=scale).train()
     model.discriminator.eval()
     batch = inputs(model)
@@ -1397,7 +1332,7 @@ def test_genes_are_worked_on_in_parts(monkeypatch, most):
     module, x, time = head(n_genes=5), torch.randn(2, 5, 3, 4, 6, **DOUBLE), torch.randn(2, 6, **DOUBLE)
     expected, part, seen = module(x, time), GeneHead._part, []
     monkeypatch.setattr(GeneHead, "_part", lambda m, x, *a: seen.append(x.shape[1]) or part(m, x, *a))
-    monkeypatch.setattr(_hadmst, "MOST_VALUES", most)
+    monkeypatch.setattr(networks, "MOST_VALUES", most)
     torch.testing.assert_close(module(x, time), expected)
     assert seen == {1: [1] * 5, 96: [2, 2, 1], 2**20: [5]}[most]
 
@@ -1408,7 +1343,7 @@ def test_network_of_each_gene_is_added_to_that_of_all():
     batch, x_t, t = inputs(model), torch.randn(2, 3, 16, 16), torch.tensor([50, 500])
     cond = model.condition(batch)
     output = without.denoise(x_t, t, cond)
-    time = model.time(_hadmst.timestep_embedding(t, 128))
+    time = model.time(timestep_embedding(t, 128))
     expected = output + model.single(torch.stack([output, x_t, cond["mean"]], 2), time)
     torch.testing.assert_close(model.denoise(x_t, t, cond), expected)
     assert not torch.allclose(output, expected, atol=1e-3)
@@ -1448,7 +1383,7 @@ def test_semantic_features_enter_at_their_resolution(token, level):
     assert cond["semantic"].shape == (2, 8, 16 // token, 16 // token)
     x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([50, 500])
     found = model.denoise(x_t, t, cond)
-    time = model.time(_hadmst.timestep_embedding(t, 128))
+    time = model.time(timestep_embedding(t, 128))
     levels = model.unet.encode(torch.cat([x_t, cond["features"], cond["mean"]], 1), time)
     assert levels[level].shape[2] == 16 // token
     told = F.conv2d(cond["semantic"], model.inject.weight, model.inject.bias)
@@ -1558,7 +1493,9 @@ def test_far_away_does_not_matter():
 
 def default_like(**options):
     """The default preset's geometry in narrow networks, with weights as they may be after some training."""
-    geometry = {name: PRESETS["default"][name] for name in ("token", "window", "layers", "heads", "region")}
+    geometry = {
+        name: getattr(PRESETS["default"].options, name) for name in ("token", "window", "layers", "heads", "region")
+    }
     small = {"px_per_bin": 1, "width": 8, "semantic_width": 8, "mean_widths": [8, 8, 8], **geometry, **options}
     model = hadmst(random=False, **small)
     generator = torch.Generator().manual_seed(1)
@@ -1697,7 +1634,7 @@ def test_presets_say_how_to_train(preset, monkeypatch):
     options = {}
     monkeypatch.setattr(stgen.train, "fit", lambda *args, **kwargs: options.update(kwargs) or {})
     hadmst(preset=preset, bin_um=160.0, window=2).fit(map_data(), steps=7)
-    assert options == {**PRESETS[preset]["training"], "steps": 7}
+    assert options == {**PRESETS[preset].training, "steps": 7}
 
 
 def test_arguments_override_the_preset():
@@ -1733,7 +1670,7 @@ BAD = {
     "scale": ({"scale": "mean"}, "`scale` must be one of"),
     "prediction": ({"prediction": "noise"}, "`prediction` must be one of"),
     "genes": ({"genes": []}, "at least one gene"),
-    "twice": ({"genes": ["A", "A"]}, "must be unique"),
+    "twice": ({"genes": ["A", "A"]}, "without repetition"),
 }  # fmt: skip
 
 

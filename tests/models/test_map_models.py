@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
-from torch.utils.data import default_collate
+from tests.models.conftest import batch_of, randomized
 
 from stgen import models
 from stgen.data import MapData, MapSection, dihedral
@@ -19,14 +19,6 @@ from stgen.models._maps import GeneScale, ImageScale
 
 GENES = ["A", "B"]
 FACTOR, PX = 4, 2
-
-
-def randomized(module, seed=0, std=0.3):
-    """The module with weights at random instead of at their start, where some are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return module.eval()
 
 
 def map_data(seed=0, side=32, tile=16, n_genes=2, channels=3, **options):
@@ -51,10 +43,6 @@ def map_data(seed=0, side=32, tile=16, n_genes=2, channels=3, **options):
 @pytest.fixture(scope="module")
 def data():
     return map_data()
-
-
-def batch_of(data, *rows):
-    return default_collate([data[i] for i in rows])
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -247,13 +235,13 @@ CLASSES = [Interpolate, PixelProbe, RegressionUNet, DiffST]
     ("options", "message"),
     [
         ({"genes": []}, "at least one gene"),
-        ({"genes": ["A", "B", "A"]}, "must be unique, found more than once: A"),
+        ({"genes": ["A", "B", "A"]}, "must be names without repetition, found more than once: A"),
         ({"transform": "log"}, "unknown transform 'log'"),
         ({"transform": "log1p_norm"}, "cannot be undone without library sizes; use transform='log1p_raw'"),
-        ({"factor": 0}, "`factor` must be a positive whole number, found 0"),
-        ({"factor": 2.5}, "`factor` must be a positive whole number, found 2.5"),
-        ({"image_channels": 0}, "`image_channels` must be a positive whole number, found 0"),
-        ({"px_per_bin": -1}, "`px_per_bin` must be a positive whole number, found -1"),
+        ({"factor": 0}, "`factor` must be a whole number of at least 1, found 0"),
+        ({"factor": 2.5}, "`factor` must be a whole number of at least 1, found 2.5"),
+        ({"image_channels": 0}, "`image_channels` must be a whole number of at least 1, found 0"),
+        ({"px_per_bin": -1}, "`px_per_bin` must be a whole number of at least 1, found -1"),
         ({"bin_um": 0.0}, "`bin_um` must be a positive number of µm, found 0.0"),
         ({"bin_um": float("nan")}, "`bin_um` must be a positive number of µm, found nan"),
     ],

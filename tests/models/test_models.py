@@ -342,7 +342,7 @@ def test_a_hub_id_is_downloaded(spots, tmp_path, monkeypatch):
 def test_bad_arguments(cls):
     with pytest.raises(ValueError, match="at least one gene"):
         cls([], embedding_dim=2)
-    with pytest.raises(ValueError, match="must be unique, found more than once: B, C"):
+    with pytest.raises(ValueError, match="must be names without repetition, found more than once: B, C"):
         cls(["C", "A", "B", "B", "C"], embedding_dim=2)
     with pytest.raises(ValueError, match="unknown transform 'log'"):
         cls(["A"], embedding_dim=2, transform="log")

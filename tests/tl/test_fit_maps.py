@@ -33,8 +33,6 @@ KEYS = {"map_key": "counts", "image_key": "he"}
 def few_tiles(monkeypatch):
     """Constants are taken from a few tiles: they are tested elsewhere."""
     monkeypatch.setattr("stgen.models._maps.N_TILES", 16)
-    monkeypatch.setattr("stgen.models._diffst.N_TILES", 16)
-    monkeypatch.setattr("stgen.models._c3diff.N_TILES", 16)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ BREAST, BRAIN = "H&E of breast cancer", "H&E of the brain"
 def few_tiles(monkeypatch):
     """Constants are taken from a few tiles: they are tested elsewhere."""
     monkeypatch.setattr("stgen.models._maps.N_TILES", 8)
-    monkeypatch.setattr("stgen.models._hadmst.N_TILES", 8)
 
 
 @pytest.fixture(scope="module")

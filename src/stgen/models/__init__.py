@@ -1,38 +1,45 @@
-"""Models: one contract, one file per paper. Needs torch, numpy and pandas; imports neither anndata nor spatialdata."""
+"""Models: one contract, one place for each paper. Needs torch, numpy and pandas; imports neither anndata nor spatialdata."""
 
 from __future__ import annotations
 
-from inspect import isabstract
 from pathlib import Path
+from typing import Any
 
-from stgen.models._base import DiffusionModel, Model, read_config
+from stgen.models._base import DiffusionModel, Model, known_models
 from stgen.models._baselines import LinearProbe, Retrieval, TrainingMean
-from stgen.models._c3diff import C3Diff
-from stgen.models._diffst import DiffST
-from stgen.models._hadmst import HaDMST
+from stgen.models._folder import locate, read_content
 from stgen.models._map_baselines import Interpolate, PixelProbe, RegressionUNet
+from stgen.models._map_diffusion import MapDiffusionModel
 from stgen.models._maps import MapModel
-from stgen.models._stem import Stem
+from stgen.models.c3diff import C3Diff, C3DiffOptions
+from stgen.models.diffst import DiffST, DiffSTOptions
+from stgen.models.hadmst import HaDMST, HaDMSTOptions
+from stgen.models.stem import Stem, StemOptions
 
 __all__ = [
     "C3Diff",
+    "C3DiffOptions",
     "DiffST",
+    "DiffSTOptions",
     "DiffusionModel",
     "HaDMST",
+    "HaDMSTOptions",
     "Interpolate",
     "LinearProbe",
+    "MapDiffusionModel",
     "MapModel",
     "Model",
     "PixelProbe",
     "RegressionUNet",
     "Retrieval",
     "Stem",
+    "StemOptions",
     "TrainingMean",
     "load",
 ]
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path) -> Model[Any]:
     """Restore a fitted model, whatever its class.
 
     Parameters
@@ -50,7 +57,7 @@ def load(path: str | Path) -> Model:
     FileNotFoundError
         If there is neither a complete folder of that name nor such a model on the Hub.
     ValueError
-        If the class is unknown to this version of stgen, or the weights do not fit the configuration.
+        If there is no such class, here or among those that you have defined, or the weights do not fit the configuration.
 
     Examples
     --------
@@ -65,27 +72,18 @@ def load(path: str | Path) -> Model:
     >>> type(restored).__name__, restored.genes
     ('TrainingMean', ['A'])
     """
-    folder = Path(path)
-    if not folder.exists():
-        folder = _from_hub(str(path))
-    name = read_config(folder)["class"]
-    known = {cls.__name__: cls for cls in map(globals().get, __all__) if isinstance(cls, type) and not isabstract(cls)}
+    folder = locate(path)
+    name, _ = read_content(folder)
+    known = known_models()
     if name not in known:
         raise ValueError(
-            f"{folder} holds a {name!r}, which this version of stgen does not know; it knows {sorted(known)}."
+            f"{folder} holds a {name!r}, which this version of stgen does not know; it knows {sorted(known)}. A class of "
+            "your own must be defined, or imported, before its models are loaded."
         )
-    return known[name].load(folder)
-
-
-def _from_hub(repo_id: str) -> Path:
-    """Download the two files of a model from the Hugging Face Hub (or take them from its cache)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=["config.json", "model.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {repo_id!r}, and the Hugging Face Hub gives no such model ({type(error).__name__}). "
-            "model.save(folder) writes a folder; a Hub id has the form 'owner/name'."
-        ) from error
+    if len(known[name]) > 1:
+        raise ValueError(
+            f"several modules define a model {name!r}: {', '.join(sorted(known[name]))}. Load it with its class: "
+            f"{name}.load(folder)."
+        )
+    (cls,) = known[name].values()
+    return cls.load(folder)

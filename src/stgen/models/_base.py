@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
+from inspect import isabstract
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stgen.data import Batch, MapData, SpotData
+from stgen import train as training
+from stgen._checks import check_genes, is_sequence
+from stgen.data import Batch
 from stgen.diffusion import Diffusion, Generators, Solver, centered_noise
+from stgen.models import _folder
+from stgen.models._options import Preset
 from stgen.transforms import TransformName, unit
 
-__all__ = ["DiffusionModel", "Model", "SteppedModel"]
+__all__ = ["Config", "DiffusionModel", "Model", "SteppedModel", "known_models"]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+D = TypeVar("D", bound=training.Dataset)
 
 
-class Model(nn.Module, ABC):
-    """A model that can be fitted, sampled, saved and loaded.
+class Config(dict[str, Any]):
+    """What a model was constructed with: a dictionary of JSON values that refuses to be changed."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            "a model's config is what it was constructed with and does not change; construct another model: "
+            "type(model)(**{**model.config, ...})."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Config], tuple[dict[str, Any]]]:
+        return type(self), (dict(self),)  # for copies: the default would set item by item
+
+
+class Model(nn.Module, ABC, Generic[D]):
+    """A model that can be fitted, sampled, saved and loaded; ``D`` is what it is fitted on.
 
     Parameters
     ----------
@@ -36,42 +54,37 @@ class Model(nn.Module, ABC):
     Attributes
     ----------
     config
-        What the model was constructed with.
+        What the model was constructed with. It does not change.
     record
         What it was fitted on: the embedding, the training run. Empty until fitted.
     stochastic
         Whether samples differ. A deterministic model gives one sample and no spread.
     takes
         What the model is fitted on: the histology embeddings of ``"locations"``, or ``"maps"`` with their histology.
-    progress
-        Share of the training that is done, from 0 to 1, for what changes while it proceeds; 1 when it does not.
     """
 
     stochastic: ClassVar[bool] = True
     takes: ClassVar[Literal["locations", "maps"]] = "locations"
-    progress: float = 1.0
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
         genes = config["genes"]
-        if not genes:
+        if is_sequence(genes) and len(genes) == 0:
             raise ValueError("a model needs at least one gene; stgen.pp.select_genes(adata, 200) chooses some.")
-        if len(set(genes)) < len(genes):
-            twice = sorted({gene for gene in genes if genes.count(gene) > 1})
-            raise ValueError(f"`genes` must be unique, found more than once: {', '.join(twice[:5])}.")
+        genes = check_genes(genes)
         unit(config["transform"])
-        self.config = config
+        self.config = Config(deepcopy({**config, "genes": genes}))
         self.record: dict[str, Any] = {}
 
     @property
     def genes(self) -> list[str]:
         """The genes, in the order of the last dimension of every sample."""
-        return self.config["genes"]
+        return list(self.config["genes"])
 
     @property
     def transform(self) -> TransformName:
         """The scale on which the model takes and gives expression."""
-        return self.config["transform"]
+        return cast(TransformName, self.config["transform"])
 
     @property
     def fitted(self) -> bool:
@@ -84,9 +97,7 @@ class Model(nn.Module, ABC):
         return next((p.device for p in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     @abstractmethod
-    def fit(
-        self, train: SpotData | MapData, validation: SpotData | MapData | None = None, **options: Any
-    ) -> dict[str, list[float]]:
+    def fit(self, train: D, validation: D | None = None, **options: Any) -> training.History:
         """Fit to training data; return the history of the losses."""
 
     @abstractmethod
@@ -95,7 +106,7 @@ class Model(nn.Module, ABC):
         batch: Batch,
         n_samples: int = 1,
         steps: int | None = None,
-        generator: Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         solver: Solver = "dpm++",
         noise: Callable[[], Tensor] | None = None,
         project: Callable[[Tensor], Tensor] | None = None,
@@ -104,7 +115,7 @@ class Model(nn.Module, ABC):
 
     @property
     def sampling_options(self) -> dict[str, Any]:
-        """What else decides how samples are drawn, for the record of a result; JSON values."""
+        """Attributes that decide, too, how samples are drawn, for the record of a result and for loading; JSON values."""
         return {}
 
     def check_sampling(self, steps: int, solver: Solver) -> None:
@@ -127,15 +138,13 @@ class Model(nn.Module, ABC):
         """
         if not self.fitted:
             raise ValueError(f"this {type(self).__name__} has not been fitted; call stgen.tl.fit(model, data) first.")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"class": type(self).__name__, "config": self.config, "record": self.record}
-        (folder / CONFIG).write_text(json.dumps(content, indent=1))
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
-        return folder
+        content: _folder.Content = {"config": self.config, "record": self.record}
+        if self.sampling_options:
+            content["sampling"] = self.sampling_options
+        return _folder.write(folder, type(self).__name__, content, self.state_dict())
 
     @classmethod
-    def load(cls, folder: str | Path) -> Model:
+    def load(cls, folder: str | Path) -> Self:
         """Restore a model of this class from a folder that :meth:`save` wrote.
 
         Raises
@@ -145,87 +154,76 @@ class Model(nn.Module, ABC):
         ValueError
             If the folder holds another class, or weights that do not fit its configuration.
         """
-        content = read_config(folder)
-        if content["class"] != cls.__name__:
+        name, content = _folder.read_content(folder)
+        if name != cls.__name__:
             raise ValueError(
-                f"{folder} holds a {content['class']}, not a {cls.__name__}; stgen.models.load(folder) loads any model."
+                f"{folder} holds a {name}, not a {cls.__name__}; stgen.models.load(folder) loads any model."
             )
         try:
             model = cls(**content["config"])
-        except TypeError as error:
+            for option in content.get("sampling", {}).keys() & model.sampling_options.keys():
+                setattr(model, option, content["sampling"][option])
+        except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
-                f"the configuration in {Path(folder) / CONFIG} is not a {cls.__name__}'s: {error}"
+                f"the configuration in {Path(folder) / _folder.CONFIG} is not a {cls.__name__}'s: {error}"
             ) from error
+        weights = _folder.read_weights(folder)
         try:
-            model.load_state_dict(load_file(Path(folder) / WEIGHTS))
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"the weights in {Path(folder) / WEIGHTS} do not fit {CONFIG} beside them: {error}"
-            ) from error
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise _folder.misfit(folder, error) from error
         model.record = content["record"]
         return model.eval()
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The content of a model folder's ``config.json``, once both files are known to be there."""
-    folder = Path(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} is not a complete model folder: {' and '.join(missing)} missing. "
-            "model.save(folder) writes both files."
-        )
-    content = json.loads((folder / CONFIG).read_text())
-    absent = {"class", "config", "record"} - content.keys()
-    if absent:
-        raise ValueError(
-            f"{folder / CONFIG} lacks {', '.join(sorted(absent))}: it was not written by model.save(folder)."
-        )
-    return content
+def known_models() -> dict[str, dict[str, type[Model[Any]]]]:
+    """All models that can be constructed, wherever they are defined: by name, then by module."""
+    found: dict[str, dict[str, type[Model[Any]]]] = {}
+    classes: list[type[Model[Any]]] = Model.__subclasses__()
+    while classes:
+        cls = classes.pop(0)
+        classes += cls.__subclasses__()
+        if not isabstract(cls):  # a cell of a notebook that runs again defines its class again: the last counts
+            found.setdefault(cls.__name__, {})[cls.__module__] = cls
+    return found
 
 
-class SteppedModel(Model):
-    """A model that is trained in steps, by :func:`stgen.train.fit`."""
+class SteppedModel(Model[D], training.Trainable):
+    """A model that is trained in steps, by :func:`stgen.train.fit`.
+
+    Attributes
+    ----------
+    presets
+        Options that go together, by the name that ``preset`` is given.
+    """
+
+    presets: ClassVar[Mapping[str, Preset[Any]]] = {}
+
+    @property
+    def training_options(self) -> dict[str, Any]:
+        """Options of :func:`stgen.train.fit` that hold where a call does not give others: the preset's, if there is one."""
+        preset = self.presets.get(self.config.get("preset", ""))
+        return {} if preset is None else dict(preset.training)
 
     @abstractmethod
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
 
-    @property
-    def adversary(self) -> nn.Module | None:
-        """The part of the model that is trained against the rest, if there is one."""
-        return None
-
-    @abstractmethod
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Training losses of a batch: the total under ``"loss"``, every term by its name.
-
-        With an :attr:`adversary`, in training, also ``"discriminator"``: what it minimizes. No gradient of it reaches the
-        rest of the model, and none of ``"loss"`` the adversary.
-        """
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """:meth:`loss`, under the name that wrappers for several GPUs call."""
-        return self.loss(batch)
-
-    def fit(
-        self, train: SpotData | MapData, validation: SpotData | MapData | None = None, **options: Any
-    ) -> dict[str, list[float]]:
-        """Train with :func:`stgen.train.fit`, which takes the options.
+    def fit(self, train: D, validation: D | None = None, **options: Any) -> training.History:
+        """Train with :func:`stgen.train.fit`, which takes the options; those not given are :attr:`training_options`.
 
         A model that is not fitted begins with weights drawn from the option ``seed``, so that the same call gives the
         same model; a fitted one goes on from its weights.
         """
-        from stgen.train import fit
-
+        options = {**self.training_options, **options}
         if not self.fitted:
             with torch.random.fork_rng():
                 torch.manual_seed(options.get("seed", 0))
                 self.initialize()
-        return fit(self, train, validation, **options)
+        return training.fit(self, train, validation, **options)
 
 
-class DiffusionModel(SteppedModel):
+class DiffusionModel(SteppedModel[D]):
     """A model trained and sampled by diffusion.
 
     A family says how a batch becomes a condition (:meth:`condition`), what the network is (:meth:`denoise`) and on what
@@ -259,7 +257,7 @@ class DiffusionModel(SteppedModel):
         """Training losses of a batch: the total under ``"loss"``, every term by its name."""
         cond = self.condition(batch)
         x_0 = self.to_network(batch["x"], cond)
-        return self.diffusion.loss(lambda x_t, t: self.denoise(x_t, t, cond), x_0, batch.get("tissue"))
+        return self.diffusion.loss(lambda x_t, t: self.denoise(x_t, t, cond), x_0, batch.get("tissue")).losses
 
     def check_sampling(self, steps: int, solver: Solver) -> None:
         """Refuse a sampler that :meth:`sample` could not use."""
@@ -308,12 +306,15 @@ class DiffusionModel(SteppedModel):
                 seeds = torch.randint(2**62, (size,), generator=generator)
                 generator = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
             noise = partial(centered_noise, n_samples, self.sample_shape(batch), generator)
+        draw, project_x = noise, project  # which are not bound anew below
 
         def flat_noise() -> Tensor:
-            return noise().to(self.device).flatten(0, 1)
+            return draw().to(self.device).flatten(0, 1)
 
         def project_network(x_0: Tensor) -> Tensor:
-            return self.to_network(project(self.from_network(x_0, repeated)), repeated)
+            if project_x is None:
+                return x_0
+            return self.to_network(project_x(self.from_network(x_0, repeated)), repeated)
 
         repeated = {name: value.repeat_interleave(n_samples, 0) for name, value in cond.items()}
         x_0 = self.diffusion.sample(

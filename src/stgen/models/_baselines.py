@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stgen._checks import check_each, check_not_negative, check_whole
 from stgen.data import Batch, SpotData, group_folds
+from stgen.diffusion import Generators, Solver
 from stgen.models._base import Model
 from stgen.models._layers import Standardize
+from stgen.models._options import check_size
+from stgen.train import History
 from stgen.transforms import TransformName
 
 __all__ = ["LinearProbe", "Retrieval", "TrainingMean"]
 
 
-class _Point(Model):
+class PointModel(Model[SpotData]):
     """A model that predicts one value and no spread: :meth:`predict` is all that a subclass adds to its fit."""
 
     stochastic: ClassVar[bool] = False
@@ -33,14 +37,18 @@ class _Point(Model):
         batch: Batch,
         n_samples: int = 1,
         steps: int | None = None,
-        generator: Sequence[torch.Generator] | None = None,
-        solver: str = "dpm++",
+        generator: Generators = None,
+        solver: Solver = "dpm++",
+        noise: Callable[[], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The prediction, as often as samples are asked for: shape ``(B, n_samples, G)``."""
-        return self.predict(batch["h"])[:, None].expand(-1, n_samples, -1)
+        """The prediction, projected if asked, as often as samples are asked for: shape ``(B, n_samples, G)``."""
+        x = self.predict(batch["h"])
+        x = x if project is None else project(x)
+        return x[:, None].expand(-1, n_samples, -1)
 
 
-class TrainingMean(_Point):
+class TrainingMean(PointModel):
     """The mean of the training tissue, everywhere: what any model must beat.
 
     Parameters
@@ -63,11 +71,13 @@ class TrainingMean(_Point):
     tensor([1., 3.])
     """
 
-    def __init__(self, genes: Sequence[str], *, embedding_dim: int, transform: TransformName = "log1p_norm") -> None:
-        super().__init__(genes=list(genes), embedding_dim=embedding_dim, transform=transform)
-        self.register_buffer("mean", torch.zeros(len(genes)))
+    mean: Tensor
 
-    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
+    def __init__(self, genes: Sequence[str], *, embedding_dim: int, transform: TransformName = "log1p_norm") -> None:
+        super().__init__(genes=genes, embedding_dim=check_whole("embedding_dim", embedding_dim), transform=transform)
+        self.register_buffer("mean", torch.zeros(len(self.genes)))
+
+    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> History:
         """Take the mean of training and validation data; there are no options."""
         self.mean.copy_(joined(train, validation).x.mean(0))
         return {}
@@ -77,7 +87,7 @@ class TrainingMean(_Point):
         return self.mean.expand(len(h), -1)
 
 
-class LinearProbe(_Point):
+class LinearProbe(PointModel):
     """Ridge regression of all genes on the embedding, its penalty chosen by cross-validation over groups.
 
     The simplest model that uses the image, and a hard one to beat in correlation.
@@ -113,6 +123,10 @@ class LinearProbe(_Point):
     torch.Size([1, 1, 1])
     """
 
+    weight: Tensor
+    bias: Tensor
+    penalty: Tensor
+
     def __init__(
         self,
         genes: Sequence[str],
@@ -123,14 +137,16 @@ class LinearProbe(_Point):
         clamp: float = 4.0,
     ) -> None:
         super().__init__(
-            genes=list(genes), embedding_dim=embedding_dim, transform=transform, penalties=list(penalties), clamp=clamp
-        )
-        self.standardize = Standardize(embedding_dim, clamp)
-        self.register_buffer("weight", torch.zeros(embedding_dim, len(genes)))
-        self.register_buffer("bias", torch.zeros(len(genes)))
+            genes=genes, embedding_dim=check_whole("embedding_dim", embedding_dim), transform=transform,
+            penalties=check_each("penalties", penalties, check_not_negative), clamp=check_size("clamp", clamp),
+        )  # fmt: skip
+        n_features, n_genes = self.config["embedding_dim"], len(self.genes)
+        self.standardize = Standardize(n_features, self.config["clamp"])
+        self.register_buffer("weight", torch.zeros(n_features, n_genes))
+        self.register_buffer("bias", torch.zeros(n_genes))
         self.register_buffer("penalty", torch.tensor(0.0))
 
-    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
+    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> History:
         """Solve on training and validation data together: validation happens inside. There are no options."""
         self.cross_fit(joined(train, validation))
         return {}
@@ -149,7 +165,7 @@ class LinearProbe(_Point):
         folds = torch.as_tensor(group_folds(data.group))
         penalties = self.config["penalties"]
         fits, error = [], torch.zeros(len(penalties))
-        for fold in folds.unique():
+        for fold in folds.unique():  # type: ignore[no-untyped-call]
             inside = folds != fold
             standardize = Standardize(h.shape[1], self.config["clamp"]).fit(h[inside])
             fits.append((~inside, standardize(h[~inside]), *ridge(standardize(h[inside]), x[inside], penalties)))
@@ -197,7 +213,7 @@ def ridge(h: Tensor, x: Tensor, penalties: Sequence[float]) -> tuple[Tensor, Ten
     return weight.float(), bias[:, None].float()
 
 
-class Retrieval(_Point):
+class Retrieval(PointModel):
     """Mean expression of the ``k`` training locations whose histology looks most alike.
 
     Parameters
@@ -225,6 +241,9 @@ class Retrieval(_Point):
             [7.]])
     """
 
+    reference: Tensor
+    expression: Tensor
+
     def __init__(
         self,
         genes: Sequence[str],
@@ -234,12 +253,15 @@ class Retrieval(_Point):
         k: int = 20,
         clamp: float = 4.0,
     ) -> None:
-        super().__init__(genes=list(genes), embedding_dim=embedding_dim, transform=transform, k=k, clamp=clamp)
-        self.standardize = Standardize(embedding_dim, clamp)
-        self.register_buffer("reference", torch.zeros(0, embedding_dim))
-        self.register_buffer("expression", torch.zeros(0, len(genes)))
+        super().__init__(
+            genes=genes, embedding_dim=check_whole("embedding_dim", embedding_dim), transform=transform,
+            k=check_whole("k", k), clamp=check_size("clamp", clamp),
+        )  # fmt: skip
+        self.standardize = Standardize(self.config["embedding_dim"], self.config["clamp"])
+        self.register_buffer("reference", torch.zeros(0, self.config["embedding_dim"]))
+        self.register_buffer("expression", torch.zeros(0, len(self.genes)))
 
-    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> dict[str, list[float]]:
+    def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> History:
         """Remember training and validation data; there are no options."""
         data = joined(train, validation)
         device = self.device

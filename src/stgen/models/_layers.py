@@ -5,12 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ChannelNorm", "ImageStem", "ResBlock", "Standardize", "UNet", "UNetEncoder", "timestep_embedding"]
+__all__ = [
+    "ChannelNorm",
+    "ImageStem",
+    "PixelAttention",
+    "ResBlock",
+    "Standardize",
+    "UNet",
+    "UNetEncoder",
+    "draw_weights",
+    "timestep_embedding",
+    "zero_conv",
+    "zero_module",
+]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def zero_module(module: ModuleT) -> ModuleT:
+    """Mark a layer to begin at zero: :func:`draw_weights` will make it so."""
+    module.__dict__["begins_at_zero"] = True
+    return module
+
+
+def zero_conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1 x 1 convolution that begins at zero."""
+    return zero_module(nn.Conv2d(inputs, outputs, 1))
 
 
 class Standardize(nn.Module):
@@ -24,6 +50,9 @@ class Standardize(nn.Module):
         Standardized values are clamped to ``[-clamp, clamp]``, which keeps a model off the far extrapolation that a
         section with another stain would ask of it. The inverse is then exact only inside.
     """
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, n_features: int, clamp: float | None = None) -> None:
         super().__init__()
@@ -97,10 +126,9 @@ class ResBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, time_dim: int | None = None) -> None:
         super().__init__()
         self.norm_in, self.conv_in = ChannelNorm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm_out, self.conv_out = ChannelNorm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.norm_out, self.conv_out = ChannelNorm(outputs), zero_module(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.time = None if time_dim is None else nn.Linear(time_dim, 2 * outputs)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
-        self.conv_out.starts_at_zero = True
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """``x`` is ``(B, inputs, H, W)``, ``time`` ``(B, time_dim)``; the result ``(B, outputs, H, W)``."""
@@ -119,8 +147,7 @@ class PixelAttention(nn.Module):
         most = max(1, channels // head_dim)
         self.heads = next(n for n in range(most, 0, -1) if channels % n == 0)
         self.norm = ChannelNorm(channels)
-        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        self.out.starts_at_zero = True
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), zero_conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
@@ -199,8 +226,7 @@ class UNet(UNetEncoder):
             self._level(widths[i + 1] + widths[i], widths[i], i) for i in reversed(range(len(widths) - 1))
         )
         self.norm = ChannelNorm(widths[0])
-        self.leave = nn.Conv2d(widths[0], outputs, 3, padding=1)
-        self.leave.starts_at_zero = True
+        self.leave = zero_module(nn.Conv2d(widths[0], outputs, 3, padding=1))
 
     def decode(self, levels: Sequence[Tensor], time: Tensor | None = None) -> list[Tensor]:
         """Features at each resolution on the way up, finest first, from those of :meth:`encode`."""
@@ -270,10 +296,10 @@ def prime_factors(n: int) -> list[int]:
 
 
 def draw_weights(module: nn.Module) -> None:
-    """Draw the weights of all layers anew, as torch does; those marked ``starts_at_zero`` become zero."""
+    """Draw the weights of all layers anew, as torch does; those of :func:`zero_module` become zero."""
     for layer in module.modules():
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-        if getattr(layer, "starts_at_zero", False):
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+        if layer.__dict__.get("begins_at_zero", False):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)

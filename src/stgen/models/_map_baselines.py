@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stgen._checks import check_choice, check_each, check_flag, check_whole
 from stgen.data import Batch, MapData, SpotData
 from stgen.diffusion import weighted_mean
 from stgen.features import gaussian_blur
 from stgen.measurement import Kernel
-from stgen.models._base import SteppedModel
 from stgen.models._baselines import LinearProbe
-from stgen.models._layers import ImageStem, UNet, draw_weights
-from stgen.models._maps import GeneScale, ImageScale, PointMapModel
+from stgen.models._layers import ImageStem, UNet
+from stgen.models._maps import GeneScale, ImageScale, PointMapModel, SteppedMapModel
+from stgen.models._options import check_size
+from stgen.train import History
 from stgen.transforms import TransformName
 
 __all__ = ["Interpolate", "PixelProbe", "RegressionUNet"]
@@ -58,16 +60,14 @@ class Interpolate(PointMapModel):
         px_per_bin: int = 1,
         transform: TransformName = "log1p_raw",
     ) -> None:
-        if kernel not in get_args(Kernel):
-            raise ValueError(f"`kernel` must be one of {', '.join(map(repr, get_args(Kernel)))}, found {kernel!r}.")
         super().__init__(
             genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels, px_per_bin=px_per_bin,
-            transform=transform, kernel=kernel,
+            transform=transform, kernel=check_choice("kernel", kernel, get_args(Kernel)),
         )  # fmt: skip
         self.kernel = kernel
         self.record = {"sections": []}  # there is nothing to fit
 
-    def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> dict[str, list[float]]:
+    def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> History:
         """Nothing to fit; there are no options."""
         return {}
 
@@ -119,11 +119,13 @@ class PixelProbe(PointMapModel):
     ) -> None:
         super().__init__(
             genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels, px_per_bin=px_per_bin,
-            transform=transform, blurs=list(blurs), n_bins=n_bins,
+            transform=transform, blurs=check_each("blurs", blurs, check_size, least=0),
+            n_bins=check_whole("n_bins", n_bins),
         )  # fmt: skip
-        n_features = 2 * image_channels * (1 + len(blurs)) + len(self.genes)
+        blurs = self.config["blurs"]
+        n_features = 2 * self.config["image_channels"] * (1 + len(blurs)) + len(self.genes)
         self.halo = int(np.ceil(3 * max(blurs, default=0)))
-        self.probe = LinearProbe(genes, embedding_dim=n_features, transform=transform)
+        self.probe = LinearProbe(self.genes, embedding_dim=n_features, transform=transform)
 
     def features(self, batch: Batch) -> Tensor:
         """Features of each bin, shape ``(B, D, H, W)``."""
@@ -137,7 +139,7 @@ class PixelProbe(PointMapModel):
         ]
         return torch.cat([plain, *blurred, batch["y"]], 1)
 
-    def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> dict[str, list[float]]:
+    def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> History:
         """Solve on training and validation tiles together: validation happens inside. There are no options."""
         h, x, group = [], [], []
         rng = np.random.default_rng(0)
@@ -158,7 +160,7 @@ class PixelProbe(PointMapModel):
         return self.probe.predict(self.features(batch).movedim(1, -1)).movedim(-1, 1)
 
 
-class RegressionUNet(SteppedModel, PointMapModel):
+class RegressionUNet(SteppedMapModel, PointMapModel):
     """The convolutional network of the diffusion models, trained to predict the mean: blurred, but hard to beat.
 
     Parameters
@@ -206,25 +208,21 @@ class RegressionUNet(SteppedModel, PointMapModel):
     ) -> None:
         super().__init__(
             genes=genes, factor=factor, bin_um=bin_um, image_channels=image_channels, px_per_bin=px_per_bin,
-            transform=transform, use_low_res=use_low_res, widths=list(widths),
+            transform=transform, use_low_res=check_flag("use_low_res", use_low_res),
+            widths=check_each("widths", widths, check_whole),
         )  # fmt: skip
+        channels, widths, n_genes = self.config["image_channels"], self.config["widths"], len(self.genes)
         self.align = 2 ** (len(widths) - 1)
-        self.needs_low_res = self.uses_low_res = use_low_res
-        n_genes = len(self.genes)
-        self.image_scale, self.gene_scale = ImageScale(image_channels), GeneScale(n_genes, "std")
-        self.stem = ImageStem(image_channels, widths[0], self.config["px_per_bin"])
-        self.unet = UNet(widths[0] + (n_genes + 1 if use_low_res else 0), n_genes, widths)
+        self.needs_low_res = self.uses_low_res = self.config["use_low_res"]
+        self.image_scale, self.gene_scale = ImageScale(channels), GeneScale(n_genes, "std")
+        self.stem = ImageStem(channels, widths[0], self.config["px_per_bin"])
+        self.unet = UNet(widths[0] + (n_genes + 1 if self.uses_low_res else 0), n_genes, widths)
         self.initialize()
 
-    def initialize(self) -> None:
-        """Draw initial weights from torch's global generator."""
-        draw_weights(self)
-
-    def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> dict[str, list[float]]:
-        """Fit the scales on the training tiles, then train with :func:`stgen.train.fit` and its options."""
-        self.image_scale.fit(train)
-        self.gene_scale.fit(train)
-        return super().fit(train, validation, **{**TRAINING, **options})
+    @property
+    def training_options(self) -> dict[str, Any]:
+        """Those that are enough for the default widths."""
+        return dict(TRAINING)
 
     def predict(self, batch: Batch) -> Tensor:
         """Map on the scale ``transform``, shape ``(B, G, H, W)``."""

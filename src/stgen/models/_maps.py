@@ -1,41 +1,49 @@
-"""What all models of gene maps share: windows of map, low-resolution map and histology on one grid, and their scales."""
+"""Models of gene maps: windows of map, low-resolution map and histology on one grid, and their scales."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stgen._checks import check_choice, check_positive, check_whole
 from stgen.data import Batch, MapData
-from stgen.diffusion import weighted_mean
+from stgen.diffusion import Generators, Solver
 from stgen.measurement import Kernel
-from stgen.models._base import DiffusionModel, Model
+from stgen.models._base import Model, SteppedModel
 from stgen.models._layers import draw_weights
+from stgen.train import History
 from stgen.transforms import TransformName, inverse_transform
 
 __all__ = [
     "GeneScale",
+    "GeneScaleKind",
     "ImageScale",
-    "MapDiffusionModel",
     "MapModel",
-    "check_not_negative",
-    "check_shares",
-    "from_preset",
-    "hidden_apart",
+    "PointMapModel",
+    "SteppedMapModel",
+    "training_tiles",
 ]
 
 N_TILES = 256  # training tiles that constants are taken from
 VALUES_PER_TILE = 4096
 PIXEL_UM = 2.5
 TILE_UM = 640.0
+HALO = 32  # bins, of the networks of all families
 
 GeneScaleKind = Literal["std", "quantile", "map"]
 
 
-class MapModel(Model):
+def training_tiles(data: MapData, share: int = 1) -> Iterator[Batch]:
+    """The tiles that constants are taken from, each as a batch of one; with a ``share``, only every so many of them."""
+    return data.some(N_TILES // share)
+
+
+class MapModel(Model[MapData]):
     """A model that sharpens gene maps.
 
     Parameters
@@ -95,19 +103,25 @@ class MapModel(Model):
         image_channels: int,
         px_per_bin: int | None,
         transform: TransformName,
+        px_um: float = PIXEL_UM,
         **config: Any,
     ) -> None:
-        if not bin_um > 0:
-            raise ValueError(f"`bin_um` must be a positive number of µm, found {bin_um!r}.")
-        px_per_bin = max(1, round(bin_um / PIXEL_UM)) if px_per_bin is None else px_per_bin
-        for name, value in (("factor", factor), ("image_channels", image_channels), ("px_per_bin", px_per_bin)):
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"`{name}` must be a positive whole number, found {value!r}.")
-        inverse_transform(torch.zeros(1), transform)  # a map's counts must come back
+        check_positive("bin_um", bin_um)
+        px_per_bin = max(1, round(bin_um / px_um)) if px_per_bin is None else px_per_bin
+        inverse_transform(np.zeros(1), transform)  # a map's counts must come back
         super().__init__(
-            genes=list(genes), factor=factor, bin_um=float(bin_um), image_channels=image_channels, px_per_bin=px_per_bin,
-            transform=transform, **config,
+            genes=genes, factor=check_whole("factor", factor), bin_um=float(bin_um),
+            image_channels=check_whole("image_channels", image_channels),
+            px_per_bin=check_whole("px_per_bin", px_per_bin), transform=transform, **config,
         )  # fmt: skip
+
+    def place_windows(self, align: int, tile_um: float | None = None) -> None:
+        """Set :attr:`align`, and the :attr:`halo` or, with the side of a tile, that there are no other windows."""
+        self.fixed_tile = tile_um is not None
+        self.align = align
+        if tile_um is not None:
+            self.align *= max(1, round(tile_um / self.config["bin_um"] / align))
+        self.halo = 0 if self.fixed_tile else -(-HALO // align) * align
 
     @property
     def tile(self) -> int:
@@ -147,10 +161,10 @@ class PointMapModel(MapModel):
         batch: Batch,
         n_samples: int = 1,
         steps: int | None = None,
-        generator: Any = None,
-        solver: str = "dpm++",
-        noise: Any = None,
-        project: Any = None,
+        generator: Generators = None,
+        solver: Solver = "dpm++",
+        noise: Callable[[], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The prediction, projected if asked, as often as samples are asked for: ``(B, n_samples, G, H, W)``."""
         x = self.predict(batch)
@@ -158,88 +172,41 @@ class PointMapModel(MapModel):
         return x[:, None].expand(-1, n_samples, -1, -1, -1)
 
 
-class MapDiffusionModel(MapModel, DiffusionModel):
-    """A map model that diffuses; its condition has a ``scale`` for each gene and, for a residual, the predicted ``mean``."""
+class SteppedMapModel(MapModel, SteppedModel[MapData]):
+    """A map model that is trained in steps, on maps and images that are brought to scale.
+
+    What else a family takes from the training tiles before it is trained, :meth:`fit_constants` fits; what it must refuse
+    before that, :meth:`check_training` does.
+    """
+
+    image_scale: ImageScale
+    gene_scale: GeneScale
 
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
         draw_weights(self)
 
-    def expect(self, batch: Batch) -> Tensor | None:
-        """What the regression predicts, of a model that diffuses only what remains; samples scatter around it."""
-        cond = self.condition(batch)
-        return self.from_network(torch.zeros_like(cond["mean"]), cond) if "mean" in cond else None
+    def check_training(self, train: MapData, options: Mapping[str, Any]) -> None:
+        """Refuse training tiles, or options of :func:`stgen.train.fit`, that the model cannot be trained with."""
 
-    def add_regression(self, losses: dict[str, Tensor], x: Tensor, mean: Tensor | None, known: Tensor | None) -> None:
-        """Add to the losses the squared error of a predicted mean, if there is one, on the network's scale.
+    def fit_constants(self, train: MapData) -> None:
+        """Take what does not change in training from the training tiles: here, the scales."""
+        self.image_scale.fit(train)
+        self.gene_scale.fit(train)
 
-        Parameters
-        ----------
-        losses
-            Those of the diffusion; gets ``"mean"``, also as part of ``"loss"``.
-        x
-            Expression on the network's scale, shape ``(B, G, H, W)``.
-        mean
-            What the regression predicts of it.
-        known
-            Which bins are known, shape ``(B, 1, H, W)``; all by default.
+    def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> History:
+        """Fit constants such as scales on the training tiles, then train.
+
+        Options are those of :func:`stgen.train.fit`; those not given are :attr:`training_options`.
+
+        Raises
+        ------
+        ValueError
+            If the model cannot be trained on these tiles.
         """
-        if mean is not None:
-            losses["mean"] = weighted_mean((x - mean).square(), known)
-            losses["loss"] = losses["loss"] + losses["mean"]
-
-    def to_network(self, x: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Divide by the scale and subtract the predicted mean, if there is one."""
-        return x / cond["scale"] - cond["mean"] if "mean" in cond else x / cond["scale"]
-
-    def from_network(self, x_0: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """Undo :meth:`to_network`."""
-        return (x_0 + cond["mean"] if "mean" in cond else x_0) * cond["scale"]
-
-    def sample_shape(self, batch: Batch) -> tuple[int, ...]:
-        """``(G, H, W)``."""
-        height, width = (n // self.config["px_per_bin"] for n in batch["h"].shape[-2:])
-        return (len(self.genes), height, width)
-
-
-def from_preset(
-    presets: Mapping[str, Mapping[str, Any]],
-    preset: str,
-    given: Mapping[str, Any],
-    *,
-    bin_um: float,
-    px_per_bin: int | None,
-) -> dict[str, Any]:
-    """A preset with what is given (not ``None``) in place of its own; and ``px_per_bin``, of the preset's ``"px_um"``."""
-    if preset not in presets:
-        raise ValueError(f"`preset` must be one of {', '.join(map(repr, presets))}, found {preset!r}.")
-    chosen = presets[preset] | {k: v for k, v in given.items() if v is not None}
-    if px_per_bin is None and chosen["px_um"]:
-        px_per_bin = max(1, round(bin_um / chosen["px_um"]))
-    lists = {k: list(v) for k, v in chosen.items() if isinstance(v, Sequence) and not isinstance(v, str)}
-    return {**chosen, **lists, "px_per_bin": px_per_bin}
-
-
-def check_shares(**values: float) -> None:
-    """Refuse what is no share of something that must not be all of it."""
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"`{name}` must be a share in [0, 1), found {value!r}.")
-
-
-def check_not_negative(**values: float) -> None:
-    """Refuse negative and infinite numbers."""
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"`{name}` must be a finite number that is not negative, found {value!r}.")
-
-
-def hidden_apart(present: Tensor, p: float) -> Tensor:
-    """Which samples are not hidden when each is with probability ``p``; one that is present never is, shape ``(B,)``."""
-    chance = torch.rand(len(present), device=present.device)
-    shown = chance >= p
-    shown[torch.where(present, chance, -1.0).argmax()] = True
-    return shown
+        self.check_training(train, {**self.training_options, **options})
+        self.fit_constants(train)
+        return super().fit(train, validation, **options)
 
 
 class GeneScale(nn.Module):
@@ -255,16 +222,16 @@ class GeneScale(nn.Module):
         when sampling, too.
     """
 
+    scale: Tensor
+
     def __init__(self, n_genes: int, kind: GeneScaleKind) -> None:
         super().__init__()
-        if kind not in get_args(GeneScaleKind):
-            raise ValueError(f"`scale` must be one of {', '.join(map(repr, get_args(GeneScaleKind)))}, found {kind!r}.")
-        self.kind = kind
+        self.kind = check_choice("scale", kind, get_args(GeneScaleKind))
         self.register_buffer("scale", torch.ones(n_genes))
 
     def fit(self, data: MapData) -> GeneScale:
         """Take the constants from training tiles."""
-        x = torch.cat([_thinned(b["x"][0][:, b["tissue"][0, 0] > 0]) for b in data.some(N_TILES)], 1)
+        x = torch.cat([_thinned(b["x"][0][:, b["tissue"][0, 0] > 0]) for b in training_tiles(data)], 1)
         if self.kind == "std":
             scale = x.std(1, correction=0)
         else:
@@ -291,6 +258,9 @@ def _thinned(x: Tensor) -> Tensor:
 class ImageScale(nn.Module):
     """Standardization of image channels, fitted on training tissue; far values are compressed (``asinh``)."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
@@ -299,7 +269,7 @@ class ImageScale(nn.Module):
     def fit(self, data: MapData) -> ImageScale:
         """Take mean and standard deviation of each channel from training tiles."""
         total, squares, n = 0, 0, 0
-        for batch in data.some(N_TILES):
+        for batch in training_tiles(data):
             h = batch["h"][0].double().flatten(1)
             total, squares, n = total + h.sum(1), squares + h.square().sum(1), n + h.shape[1]
         mean = total / n

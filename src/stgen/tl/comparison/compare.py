@@ -40,7 +40,7 @@ logger = logging.getLogger("stgen")
 PLAN = ("models", "train", "test", "patients", "same_patient", "genes", "genes_chosen", "transform", "seeds", "n_samples",
         "steps", "solver")  # fmt: skip
 KNOWN = {name: getattr(families, name) for name in families.__all__}
-KNOWN = {name: cls for name, cls in KNOWN.items() if isclass(cls) and not isabstract(cls)}
+KNOWN = {name: cls for name, cls in KNOWN.items() if isclass(cls) and issubclass(cls, Model) and not isabstract(cls)}
 FIT_OPTIONS = {p.name for p in signature(training.fit).parameters.values() if p.kind == p.KEYWORD_ONLY}
 FIT_OPTIONS -= {"seed", "device", "progress", "checkpoint"}  # which the comparison sets itself
 
