@@ -27,14 +27,14 @@ def total_of(sdata: SpatialData, map_key: str, *, needed: bool) -> DataArray | N
         if not needed:
             return None
         raise KeyError(
-            f"the map {map_key!r} cannot be normalized: there is no sdata.images[{key!r}] with the counts of all genes. "
-            "stgen.tl.superresolve writes it where no model is given; without it, leave out normalize=, or normalize the "
-            "table by its own genes: scanpy.pp.normalize_total(table)."
+            f"the map {map_key!r} cannot be normalized: there is no sdata.images[{key!r}] with the counts of all "
+            "genes. stgen.tl.superresolve writes it where no model is given; without it, leave out normalize=, or "
+            "normalize the table by its own genes: scanpy.pp.normalize_total(table)."
         )
     total, grid, of_total = get_map(sdata, key), Grid.of_map(sdata, map_key), Grid.of_map(sdata, key)
     if total.sizes["c"] != 1 or (grid.height, grid.width) != (of_total.height, of_total.width):
         raise ValueError(
-            f"sdata.images[{key!r}] has the shape {total.shape} (c, y, x); the counts of all genes of the map {map_key!r} need "
-            f"(1, {grid.height}, {grid.width})."
+            f"sdata.images[{key!r}] has the shape {total.shape} (c, y, x); the counts of all genes of the map "
+            f"{map_key!r} need (1, {grid.height}, {grid.width})."
         )
     return total

@@ -16,12 +16,12 @@ import shapely
 from geopandas import GeoDataFrame
 from spatialdata import SpatialData
 
-from stgen._checks import listed, only_key
+from stgen._checks import check_types, listed, only_key
+from stgen._spatial.files import checked_path, whole_file
 from stgen._spatial.grid import apply_affine
 from stgen._spatial.image import affine_to, element_of
 from stgen._spatial.labels import finest_mask, outlines
 from stgen._spatial.section import annotated_region, shared_system
-from stgen.io._files import checked_path, whole_file
 from stgen.io._tables import as_frame
 from stgen.pp._rasterize import check_sdata, genes_of
 
@@ -31,9 +31,9 @@ logger = logging.getLogger("stgen")
 
 QUARTER_SIDES = 8  # of a circle, per quarter
 DECIMALS = 3  # of coordinates
-OBJECT_TYPES = ("annotation", "cell", "detection")
 
 
+@check_types
 def write_geojson(
     sdata: SpatialData,
     key: str,
@@ -54,13 +54,13 @@ def write_geojson(
     sdata
         Object with the outlines.
     key
-        Table whose rows to write, with the outlines that it annotates, such as :func:`stgen.tl.aggregate_cells` makes; or
-        shapes, or a mask, such as :func:`stgen.pp.segment_nuclei` makes, for the outlines alone.
+        Table whose rows to write, with the outlines that it annotates, such as :func:`stgen.tl.aggregate_cells` makes;
+        or shapes, or a mask, such as :func:`stgen.pp.segment_nuclei` makes, for the outlines alone.
     path
         File to write; its name ends in ``.geojson`` or ``.json``.
     image_key
-        Image in whose pixels, of its finest level, the coordinates are: QuPath needs those of the image that is open. None:
-        the coordinates are those of the coordinate system.
+        Image in whose pixels, of its finest level, the coordinates are: QuPath needs those of the image that is open.
+        None: the coordinates are those of the coordinate system.
     genes
         Genes of the table that become measurements, in this order; None for all.
     layer
@@ -77,9 +77,9 @@ def write_geojson(
 
     Returns
     -------
-    The path. The file is a FeatureCollection; a feature has a polygon (circles have 32 sides; of masks, along the sides of
-    pixels), an ``id``, and ``properties``: ``objectType``, ``name``, ``measurements`` (genes and the numeric columns of ``obs``; what is
-    not finite is left out) and ``classification``.
+    The path. The file is a FeatureCollection; a feature has a polygon (circles have 32 sides; of masks, along the
+    sides of pixels), an ``id``, and ``properties``: ``objectType``, ``name``, ``measurements`` (genes and the numeric
+    columns of ``obs``; what is not finite is left out) and ``classification``.
 
     Raises
     ------
@@ -105,8 +105,6 @@ def write_geojson(
     True
     """
     check_sdata(sdata)
-    if object_type not in OBJECT_TYPES:
-        raise ValueError(f"`object_type` must be one of {', '.join(map(repr, OBJECT_TYPES))}, found {object_type!r}.")
     region, names, frame = _measured(sdata, key, genes, layer, classification)
     keys = [region]
     if image_key is not None:

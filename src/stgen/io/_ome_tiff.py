@@ -15,9 +15,10 @@ import tifffile
 from spatialdata import SpatialData
 from xarray import DataArray
 
+from stgen._checks import check_types
+from stgen._spatial.files import checked_path, whole_file
 from stgen._spatial.grid import Grid, get_map
 from stgen._spatial.image import is_micrometers
-from stgen.io._files import checked_path, whole_file
 from stgen.pp._rasterize import check_sdata, genes_of
 
 __all__ = ["write_ome_tiff"]
@@ -29,6 +30,7 @@ SMALLEST = 512  # bins along the longer side of the coarsest level, at most
 LARGE = 2**31  # bytes from which on the file is a BigTIFF
 
 
+@check_types
 def write_ome_tiff(
     sdata: SpatialData,
     map_key: str,
@@ -45,7 +47,8 @@ def write_ome_tiff(
     sdata
         Object with the map.
     map_key
-        Map ``(c, y, x)`` in ``sdata.images``, such as :func:`stgen.tl.superresolve` or :func:`stgen.pp.rasterize` makes.
+        Map ``(c, y, x)`` in ``sdata.images``, such as :func:`stgen.tl.superresolve` or :func:`stgen.pp.rasterize`
+        makes.
     path
         File to write; its name ends in ``.ome.tif`` or ``.ome.tiff``.
     genes
@@ -94,8 +97,6 @@ def write_ome_tiff(
     genes = genes_of(genes, get_map(sdata, map_key).coords["c"].values, f"the map {map_key!r}")
     stack = get_map(sdata, map_key, genes)
     grid = Grid.of_map(sdata, map_key)
-    if fill is not None and (isinstance(fill, bool) or not isinstance(fill, int | float | np.number)):
-        raise TypeError(f"`fill` must be a number, or None for NaN, found {fill!r}.")
     path = checked_path(path, (".ome.tif", ".ome.tiff"), overwrite=overwrite)
 
     n_levels = 1

@@ -13,9 +13,9 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-from stgen._checks import listed
+from stgen._checks import check_types, listed
+from stgen._spatial.files import checked_path, whole_file
 from stgen._spatial.section import get_table
-from stgen.io._files import checked_path, whole_file
 from stgen.pp._rasterize import genes_of
 
 __all__ = ["as_frame", "write_table"]
@@ -25,6 +25,7 @@ logger = logging.getLogger("stgen")
 SUFFIXES = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
+@check_types
 def write_table(
     data: SpatialData | AnnData,
     path: str | os.PathLike,
@@ -53,8 +54,8 @@ def write_table(
 
     Returns
     -------
-    The path. The columns are ``name`` (of the row), those of ``obs``, ``spatial_x`` and ``spatial_y`` (of ``obsm["spatial"]``,
-    where there is one), and the genes.
+    The path. The columns are ``name`` (of the row), those of ``obs``, ``spatial_x`` and ``spatial_y`` (of
+    ``obsm["spatial"]``, where there is one), and the genes.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from ._gene_variation import gene_variation
 from ._history import history
 from ._local_ssim import local_ssim
 from ._maps import maps
+from ._report import report
 from ._samples import samples
 from ._scores import scores
 
@@ -22,6 +23,7 @@ __all__ = [
     "history",
     "local_ssim",
     "maps",
+    "report",
     "samples",
     "scores",
 ]

@@ -13,7 +13,7 @@ from spatialdata.transformations import BaseTransformation, Identity, Scale
 from spatialdata.transformations import Sequence as Chain
 from xarray import DataArray
 
-from stgen._checks import check_positive, listed, only_key
+from stgen._checks import check_positive, check_types, listed, only_key
 from stgen._spatial.records import write_circles, write_table
 from stgen._spatial.section import Section, get_section
 
@@ -22,6 +22,7 @@ __all__ = ["to_spatialdata"]
 logger = logging.getLogger("stgen")
 
 
+@check_types
 def to_spatialdata(
     adata: AnnData,
     *,
@@ -40,7 +41,8 @@ def to_spatialdata(
     ----------
     adata
         One section in the convention of ``squidpy.read.visium`` and ``scanpy.read_visium``: ``obsm["spatial"]`` in
-        full-resolution pixels, and ``uns["spatial"][library]`` with ``"images"`` and ``"scalefactors"``. It is not changed.
+        full-resolution pixels, and ``uns["spatial"][library]`` with ``"images"`` and ``"scalefactors"``. It is not
+        changed.
     image_keys
         Which of the images to take; by default the finest of them. Without images, spots and table are taken alone.
     mpp
@@ -57,8 +59,8 @@ def to_spatialdata(
 
     - ``images[key]``: each image ``(c, y, x)``, unchanged
     - ``shapes[shapes_key]``: a circle per row, in its order, of the diameter of the spots
-    - ``tables[table_key]``: a copy of ``adata`` that annotates the circles; without ``uns["spatial"]``, whose images would be
-      stored twice
+    - ``tables[table_key]``: a copy of ``adata`` that annotates the circles; without ``uns["spatial"]``, whose images
+      would be stored twice
     - the coordinate systems ``"global"``, in full-resolution pixels, and ``"um"``, for all of them
 
     Raises
@@ -68,7 +70,8 @@ def to_spatialdata(
     TypeError
         If ``adata`` is no AnnData.
     ValueError
-        If there are several libraries, the µm per pixel or the diameter of the spots are not known, or two names are one.
+        If there are several libraries, the µm per pixel or the diameter of the spots are not known, or two names are
+        one.
 
     Examples
     --------
@@ -87,8 +90,6 @@ def to_spatialdata(
     >>> round(2 * float(sdata["spots"].radius[0]))  # full-resolution pixels of 0.5 µm: 55 µm
     110
     """
-    if not isinstance(adata, AnnData):
-        raise TypeError(f"Expected an AnnData object, found {type(adata).__name__}.")
     for name, value in (("mpp", mpp), ("spot_um", spot_um)):
         if value is not None:
             check_positive(name, value)
@@ -98,7 +99,8 @@ def to_spatialdata(
     names = [*keys, table_key, shapes_key]
     if len({str(name).lower() for name in names}) < len(names):
         raise ValueError(
-            f"images, spots and table need names of their own; found {listed(names)}. Pass another table_key= or shapes_key=."
+            f"images, spots and table need names of their own; found {listed(names)}. Pass another table_key= or "
+            "shapes_key=."
         )
     sections = {key: get_section(adata, image_key=key, mpp=mpp) for key in keys}  # with their checks
     diameter = _diameter_px(section, spot_um)
@@ -135,8 +137,8 @@ def _diameter_px(section: Section, spot_um: float | None) -> float:
     """Diameter of the spots in full-resolution pixels."""
     if section.mpp is None:
         raise ValueError(
-            'The µm per pixel are not known: the scale factors have no "microns_per_pixel", and the locations are not on a '
-            "Visium grid of 100 µm pitch. Pass mpp=<µm per full-resolution pixel>."
+            'The µm per pixel are not known: the scale factors have no "microns_per_pixel", and the locations are not on '
+            "a Visium grid of 100 µm pitch. Pass mpp=<µm per full-resolution pixel>."
         )
     diameter = section.spot_diameter_um if spot_um is None else spot_um
     if diameter is None:

@@ -18,6 +18,7 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Affine
 
+from stgen._checks import check_types
 from stgen._spatial.grid import Grid, apply_affine, get_map
 from stgen._spatial.normalized import PER, total_of
 from stgen._spatial.records import provenance, record, shallow_copy
@@ -31,10 +32,10 @@ __all__ = ["FUNCTION", "bins_to_table"]
 logger = logging.getLogger("stgen")
 
 FUNCTION = "tl.bins_to_table"
-STORAGE = ("dense", "sparse", "lazy")
 Values: TypeAlias = np.ndarray | sparse.csr_matrix | da.Array
 
 
+@check_types
 def bins_to_table(
     sdata: SpatialData,
     map_key: str,
@@ -50,15 +51,16 @@ def bins_to_table(
 ) -> SpatialData | None:
     """Make a table of the bins of a map, linked to squares, for scanpy, squidpy and spatialdata-plot.
 
-    A row is a bin on which all genes are known; bins off the tissue (NaN) have none. :func:`stgen.tl.table_to_map` is the way
-    back: what scanpy has computed for each bin becomes a map again.
+    A row is a bin on which all genes are known; bins off the tissue (NaN) have none. :func:`stgen.tl.table_to_map` is
+    the way back: what scanpy has computed for each bin becomes a map again.
 
     Parameters
     ----------
     sdata
         Object with the map.
     map_key
-        Map ``(c, y, x)`` in ``sdata.images``: from :func:`stgen.tl.superresolve`, :func:`stgen.pp.rasterize`, or your own.
+        Map ``(c, y, x)`` in ``sdata.images``: from :func:`stgen.tl.superresolve`, :func:`stgen.pp.rasterize`, or your
+        own.
     genes
         Genes to take, in this order; None for all of the map.
     normalize
@@ -67,8 +69,8 @@ def bins_to_table(
     spread
         Also make the layer of standard deviations, where there is a map ``f"{map_key}_std"``.
     storage
-        How ``X`` and layers are held: ``"dense"`` arrays; ``"sparse"``, for maps that are mostly zero, such as counted ones;
-        ``"lazy"``, dask arrays that read the map when they are computed, for sections that do not fit in memory.
+        How ``X`` and layers are held: ``"dense"`` arrays; ``"sparse"``, for maps that are mostly zero, such as counted
+        ones; ``"lazy"``, dask arrays that read the map when they are computed, for sections that do not fit in memory.
     coordinate_system
         The one of ``obsm["spatial"]``; None: a micrometer one if there is one, else "global", else the only one.
     key_added
@@ -80,18 +82,18 @@ def bins_to_table(
 
     Returns
     -------
-    ``None``, or the copy. Written are ``sdata.tables[key_added]``, rows from top to bottom and from left to right, and the
-    squares that it annotates, ``sdata.shapes[f"{key_added}_squares"]``:
+    ``None``, or the copy. Written are ``sdata.tables[key_added]``, rows from top to bottom and from left to right, and
+    the squares that it annotates, ``sdata.shapes[f"{key_added}_squares"]``:
 
     - ``X``: the values of the map, float32 ``(n_bins, G)``, in its unit
     - ``layers[f"{key_added}_std"]``: standard deviations, in the same unit
     - ``layers[f"{key_added}_normalized"]``: counts per 10,000, with ``normalize``; 0 where the total is 0
-    - ``obs``: ``region`` and ``instance_id`` (the link), ``array_row`` and ``array_col`` (the bin, from 0), and ``total`` (counts
-      of all genes), where there is a map ``f"{map_key}_total"``
+    - ``obs``: ``region`` and ``instance_id`` (the link), ``array_row`` and ``array_col`` (the bin, from 0), and
+      ``total`` (counts of all genes), where there is a map ``f"{map_key}_total"``
     - ``var``: what :func:`stgen.tl.superresolve` found out about each gene without a model: ``score``, ``trusted``, ...
     - ``obsm["spatial"]``: centers as x, y in the coordinate system
-    - ``uns["stgen"][key_added]``: ``map_key``, ``unit``, ``bin_um``, ``height``, ``width``, ``coordinate_system``, ``genes``,
-      ``n_bins``, ``storage``, ``function``, ``version``
+    - ``uns["stgen"][key_added]``: ``map_key``, ``unit``, ``bin_um``, ``height``, ``width``, ``coordinate_system``,
+      ``genes``, ``n_bins``, ``storage``, ``function``, ``version``
 
     Raises
     ------
@@ -102,8 +104,8 @@ def bins_to_table(
 
     Notes
     -----
-    Dense and sparse tables are made gene by gene; the map is never held beside them. A dense layer takes 4 bytes per bin and
-    gene: 1.2 GB for the 300,000 bins of 10 µm of a Visium section and 1,000 genes.
+    Dense and sparse tables are made gene by gene; the map is never held beside them. A dense layer takes 4 bytes per
+    bin and gene: 1.2 GB for the 300,000 bins of 10 µm of a Visium section and 1,000 genes.
 
     Examples
     --------
@@ -118,8 +120,6 @@ def bins_to_table(
     >>> sc.pp.log1p(bins)  # as any table
     """
     check_sdata(sdata)
-    if storage not in STORAGE:
-        raise ValueError(f"`storage` must be one of {', '.join(map(repr, STORAGE))}, found {storage!r}.")
     genes = genes_of(genes, get_map(sdata, map_key).coords["c"].values, f"the map {map_key!r}")
     grid = Grid.of_map(sdata, map_key)
     system = shared_system([map_key], [sdata.images[map_key]], coordinate_system)
@@ -168,7 +168,7 @@ def bins_to_table(
 
 
 def _check_keys(sdata: SpatialData, key: str, squares_key: str, *, overwrite: bool) -> None:
-    """Refuse keys that exist, unless both are an earlier result that may be overwritten, and names that cannot be stored."""
+    """Refuse keys that exist, unless both are an earlier result and may go, and names that cannot be stored."""
     check_free_key(sdata, "tables", key, overwrite=overwrite)
     check_free_key(sdata, "shapes", squares_key, overwrite=overwrite)
     ours = key in sdata.tables and sdata.tables[key].uns.get("stgen", {}).get(key, {}).get("function") == FUNCTION

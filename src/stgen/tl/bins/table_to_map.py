@@ -12,7 +12,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.transformations import Identity, get_transformation
 
-from stgen._checks import listed, only_key
+from stgen._checks import check_types, listed, only_key
 from stgen._spatial.records import provenance, record, shallow_copy, write_image
 from stgen._spatial.section import annotated_region
 from stgen.pp._rasterize import check_free_key, check_sdata, genes_of
@@ -25,6 +25,7 @@ logger = logging.getLogger("stgen")
 FUNCTION = "tl.table_to_map"
 
 
+@check_types
 def table_to_map(
     sdata: SpatialData,
     table_key: str,
@@ -38,8 +39,8 @@ def table_to_map(
 ) -> SpatialData | None:
     """Make a map of what a table of bins holds: the way back from :func:`stgen.tl.bins_to_table`.
 
-    Rows may be missing, in any order, and there may be other genes than before: what scanpy and squidpy leave of a table can be
-    drawn, scored and aggregated as every other map. Bins without a row are NaN.
+    Rows may be missing, in any order, and there may be other genes than before: what scanpy and squidpy leave of a
+    table can be drawn, scored and aggregated as every other map. Bins without a row are NaN.
 
     Parameters
     ----------
@@ -62,9 +63,9 @@ def table_to_map(
 
     Returns
     -------
-    ``None``, or the copy. Written is ``sdata.images[key_added]``, float32 ``(c, y, x)``, on the bins of the map from which the table
-    was made, and ``sdata.attrs["stgen"][key_added]``: ``table_key``, ``map_key``, ``layer``, ``genes`` or ``columns``, ``bin_um``,
-    ``function``, ``version``.
+    ``None``, or the copy. Written is ``sdata.images[key_added]``, float32 ``(c, y, x)``, on the bins of the map from
+    which the table was made, and ``sdata.attrs["stgen"][key_added]``: ``table_key``, ``map_key``, ``layer``, ``genes``
+    or ``columns``, ``bin_um``, ``function``, ``version``.
 
     Raises
     ------
@@ -105,7 +106,8 @@ def table_to_map(
         raise ValueError(f"the table {table_key!r} has several rows of one bin: its instance ids must be unique.")
     if len(instances) == 0 or instances.min() < 0 or instances.max() >= height * width:
         raise ValueError(
-            f"the instance ids of the table {table_key!r} are not those of {height} x {width} bins; found {listed(instances)}."
+            f"the instance ids of the table {table_key!r} are not those of {height} x {width} bins; found "
+            f"{listed(instances)}."
         )
     key_added = f"{table_key}_map" if key_added is None else key_added
     _check_key(sdata, key_added, overwrite=overwrite)
@@ -142,8 +144,6 @@ def _made_as_bins(table: AnnData, table_key: str) -> dict:
 
 
 def _numeric_columns(table: AnnData, columns: Sequence[str]) -> list[str]:
-    if isinstance(columns, str):
-        raise TypeError(f"`columns` must be a list of names, found a string; pass columns=[{columns!r}].")
     columns = list(columns)
     missing = [name for name in columns if name not in table.obs]
     if missing:
@@ -160,7 +160,7 @@ def _numeric_columns(table: AnnData, columns: Sequence[str]) -> list[str]:
 
 
 def _check_key(sdata: SpatialData, key: str, *, overwrite: bool) -> None:
-    """Refuse a key that exists, unless it is an earlier result that may be overwritten, and names that cannot be stored."""
+    """Refuse a key that exists, unless it is an earlier result and may go, and names that cannot be stored."""
     check_free_key(sdata, "images", key, overwrite=overwrite)
     if key in sdata.images and sdata.attrs.get("stgen", {}).get(key, {}).get("function") != FUNCTION:
         raise ValueError(f"sdata.images[{key!r}] is no result of {FUNCTION}; pass another key_added=.")

@@ -16,15 +16,11 @@ def checked_path(path: str | os.PathLike, suffixes: Sequence[str], *, overwrite:
 
     Raises
     ------
-    TypeError
-        If it is no path.
     ValueError
         If its name does not end as one of ``suffixes``, or it exists and may not be replaced.
     FileNotFoundError
         If its folder does not exist.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"`path` must be the path of a file, found {type(path).__name__}.")
     path = Path(path)
     if not path.name.lower().endswith(tuple(suffixes)):
         raise ValueError(f"the name of the file must end in {' or '.join(suffixes)}, found {path.name!r}.")
