@@ -29,9 +29,10 @@ def number(value: object) -> str:
     """A value as text: whole numbers with commas, others with four digits."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return "" if value is None else str(value)
-    if value != value:
+    real = float(value)
+    if real != real:
         return ""
-    return f"{int(value):,}" if float(value).is_integer() and abs(value) < 1e15 else f"{float(value):.4g}"
+    return f"{int(real):,}" if real.is_integer() and abs(real) < 1e15 else f"{real:.4g}"
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[object] | None = None) -> Markup:

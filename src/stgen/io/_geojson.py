@@ -150,8 +150,8 @@ def _measured(
         raise KeyError(f"There is no element {key!r}; tables, shapes and masks are {listed(named, 20)}.")
     if key not in sdata.shapes and key not in sdata.labels:
         raise TypeError(f"{key!r} is neither a table, nor shapes, nor a mask in sdata.labels: it has no outlines.")
-    given = {"genes": genes, "layer": layer, "classification": classification}
-    given = [name for name, value in given.items() if value is not None]
+    options = {"genes": genes, "layer": layer, "classification": classification}
+    given = [name for name, value in options.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)}: only for a table, and {key!r} is outlines alone; name its table.")
     return key, None, None

@@ -102,7 +102,6 @@ def write_ome_tiff(
     n_levels = 1
     while max(grid.height, grid.width) > SMALLEST * 2 ** (n_levels - 1):
         n_levels += 1
-    options = {"tile": (TILE, TILE), "compression": "zlib", "photometric": "minisblack", "dtype": np.float32}
     with (
         whole_file(path) as part,
         tifffile.TiffWriter(part, ome=True, bigtiff=4 * stack.size > LARGE) as tiff,
@@ -110,10 +109,12 @@ def write_ome_tiff(
         for level in range(n_levels):
             per_cm = 1e4 / (grid.bin_um * 2**level)
             height, width = (-(-n // 2**level) for n in (grid.height, grid.width))
-            first = {"subifds": n_levels - 1, "metadata": _metadata(sdata, map_key, genes, grid)}
+            first: dict[str, Any] = {"subifds": n_levels - 1, "metadata": _metadata(sdata, map_key, genes, grid)}
+            options: dict[str, Any] = {"subfiletype": 1} if level else first
             tiff.write(
-                _tiles(stack, level, fill), shape=(len(genes), height, width), resolution=(per_cm, per_cm),
-                resolutionunit="CENTIMETER", **options, **({"subfiletype": 1} if level else first),
+                _tiles(stack, level, fill), shape=(len(genes), height, width), dtype="float32", tile=(TILE, TILE),
+                compression="zlib", photometric="minisblack", resolution=(per_cm, per_cm), resolutionunit="CENTIMETER",
+                **options,
             )  # fmt: skip
     logger.info("%d genes in %d x %d bins of %.4g µm: %s.", len(genes), grid.width, grid.height, grid.bin_um, path)
     return path

@@ -188,8 +188,8 @@ def _warnings(result: _Result) -> list[str]:
         n_trusted, n = int(result.genes["trusted"].sum()), len(result.genes)
         if n_trusted < n:
             found.append(
-                f"{n - n_trusted:,} of {n:,} genes could not be predicted from other spots: their maps follow the number "
-                "of counts of all genes, and their own pattern is not to be read from them."
+                f"{n - n_trusted:,} of {n:,} genes could not be predicted from other spots: their maps follow the "
+                "number of counts of all genes, and their own pattern is not to be read from them."
             )
     left_out = int(result.record.get("n_spots_left_out", 0))
     if left_out:
@@ -278,9 +278,9 @@ def _out_of_fold(result: _Result, genes: list[str]) -> Figure | None:
     """Predicted and measured counts of some genes in spots; None where the counts are not there."""
     own = result.sdata.tables[f"{result.key}{TABLE}"]
     genes = [gene for gene in genes if gene in own.var_names]
-    if result.low_res not in result.sdata.tables or not genes:
+    if result.low_res is None or result.low_res not in result.sdata.tables or not genes:
         return None
-    measured = _measured(result, own, genes)
+    measured = _measured(result, result.low_res, own, genes)
     predicted = np.asarray(own[:, genes].X, dtype=np.float64)
     drawn, axes = plt.subplots(1, len(genes), figsize=(2.9 * len(genes), 3.1), squeeze=False, layout="constrained")
     for ax, gene, x, y in zip(axes[0], genes, predicted.T, measured.T, strict=True):
@@ -298,10 +298,10 @@ def _out_of_fold(result: _Result, genes: list[str]) -> Figure | None:
     return drawn
 
 
-def _measured(result: _Result, own: AnnData, genes: list[str]) -> np.ndarray:
+def _measured(result: _Result, low_res: str, own: AnnData, genes: list[str]) -> np.ndarray:
     """Counts of the spots of the table of predictions, in its order."""
-    counts = result.sdata.tables[result.low_res]
-    of_spot = pd.Index(annotated_region(result.sdata, counts, result.low_res, None)[1])
+    counts = result.sdata.tables[low_res]
+    of_spot = pd.Index(annotated_region(result.sdata, counts, low_res, None)[1])
     rows = of_spot.get_indexer(annotated_region(result.sdata, own, f"{result.key}{TABLE}", None)[1])
     return get_counts(counts, genes=genes, layer=result.record.get("layer"))[rows]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -94,7 +95,7 @@ def to_spatialdata(
         if value is not None:
             check_positive(name, value)
     section = get_section(adata, mpp=mpp)
-    library = next(iter(adata.uns.get("spatial", {}).values()), {})
+    library: dict[str, Any] = next(iter(adata.uns.get("spatial", {}).values()), {})
     keys = _image_keys(library.get("images", {}), image_keys)
     names = [*keys, table_key, shapes_key]
     if len({str(name).lower() for name in names}) < len(names):
@@ -103,12 +104,12 @@ def to_spatialdata(
             "shapes_key=."
         )
     sections = {key: get_section(adata, image_key=key, mpp=mpp) for key in keys}  # with their checks
-    diameter = _diameter_px(section, spot_um)
+    mpp, diameter = _sizes(section, spot_um)
 
-    um = {"global": Identity(), "um": Scale([section.mpp, section.mpp], axes=("x", "y"))}
+    um = {"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))}
     sdata = SpatialData()
     for key, of_image in sections.items():
-        sdata.images[key] = _image(library["images"][key], of_image.mpp / section.mpp, um)
+        sdata.images[key] = _image(library["images"][key], float(of_image.mpp or mpp) / mpp, um)
     write_circles(sdata, shapes_key, section.xy_px, radius=diameter / 2, transformations=um)
     table = adata.copy()
     table.uns.pop("spatial", None)
@@ -117,7 +118,7 @@ def to_spatialdata(
     write_table(sdata, table_key, table, region=shapes_key, region_key=region_key, instance_key=instance_key)
     logger.info(
         "%d spots of %.4g µm at %.4g µm per full-resolution pixel; images: %s. sdata.write(path) saves the object.",
-        table.n_obs, diameter * section.mpp, section.mpp, listed(keys),
+        table.n_obs, diameter * mpp, mpp, listed(keys),
     )  # fmt: skip
     return sdata
 
@@ -133,12 +134,12 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _diameter_px(section: Section, spot_um: float | None) -> float:
-    """Diameter of the spots in full-resolution pixels."""
+def _sizes(section: Section, spot_um: float | None) -> tuple[float, float]:
+    """µm per full-resolution pixel, and the diameter of the spots in such pixels."""
     if section.mpp is None:
         raise ValueError(
-            'The µm per pixel are not known: the scale factors have no "microns_per_pixel", and the locations are not on '
-            "a Visium grid of 100 µm pitch. Pass mpp=<µm per full-resolution pixel>."
+            'The µm per pixel are not known: the scale factors have no "microns_per_pixel", and the locations are not '
+            "on a Visium grid of 100 µm pitch. Pass mpp=<µm per full-resolution pixel>."
         )
     diameter = section.spot_diameter_um if spot_um is None else spot_um
     if diameter is None:
@@ -146,7 +147,7 @@ def _diameter_px(section: Section, spot_um: float | None) -> float:
             'The diameter of the spots is not known: uns["spatial"][library]["scalefactors"] has no '
             '"spot_diameter_fullres". Pass spot_um=<diameter in µm>, 55 for Visium.'
         )
-    return float(diameter) / float(section.mpp)
+    return float(section.mpp), float(diameter) / float(section.mpp)
 
 
 def _image(array: np.ndarray, px: float, systems: Mapping[str, BaseTransformation]) -> DataArray:
