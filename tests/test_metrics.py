@@ -166,17 +166,23 @@ def test_crps_prefers_the_truth(rng):
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9])
-@pytest.mark.parametrize("n_samples", [19, 40])
+@pytest.mark.parametrize("n_samples", [20, 39])
 def test_coverage_of_a_known_distribution(rng, level, n_samples):
     samples, truth = rng.gamma(3, size=(n_samples, 5000, 2)), rng.gamma(3, size=(5000, 2))
     np.testing.assert_allclose(metrics.coverage(samples, truth, level), level, atol=0.03)
 
 
 def test_coverage_by_hand():
-    """Nineteen samples: the central 90 % run exactly from the lowest to the highest."""
-    samples = np.tile(np.arange(19.0)[:, None, None], (1, 5, 1))
-    truth = np.array([[-0.1], [0.0], [7.5], [18.0], [18.1]])
-    assert metrics.coverage(samples, truth, 0.9).tolist() == [0.6]
+    """Thirty-nine samples: the central 95 % run from the lowest to the highest."""
+    samples = np.tile(np.arange(39.0)[:, None, None], (1, 5, 1))
+    truth = np.array([[-0.1], [1e-9], [7.5], [38 - 1e-9], [38.1]])
+    assert metrics.coverage(samples, truth, 0.95).tolist() == [0.6]
+
+
+@pytest.mark.parametrize(("n_samples", "level", "known"), [(2, 0.5, 0), (19, 0.9, 0), (20, 0.9, 1), (20, 0.95, 0)])
+def test_coverage_that_the_samples_do_not_show_is_nan(rng, n_samples, level, known):
+    found = metrics.coverage(rng.normal(size=(n_samples, 50, 3)), rng.normal(size=(50, 3)), level)
+    assert np.isfinite(found).tolist() == [bool(known)] * 3
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------------

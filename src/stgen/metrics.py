@@ -35,6 +35,9 @@ __all__ = [
     "top_k",
 ]
 
+LEAST_SAMPLES = 20
+"""Samples that coverage and calibration need."""
+
 
 def pcc(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Pearson correlation across locations, per gene. A gene that is constant in either array scores 0.
@@ -238,6 +241,9 @@ def ssc(pred: np.ndarray, truth: np.ndarray, weights: sp.spmatrix | np.ndarray) 
 def coverage(samples: np.ndarray, truth: np.ndarray, level: float = 0.9) -> np.ndarray:
     """Share of locations whose truth lies in the central interval of the samples, per gene.
 
+    Fewer than 20 samples do not show where an interval ends, and no number of them shows one that is wider than all of them,
+    above ``(S - 1) / (S + 1)``: the coverage is NaN.
+
     Parameters
     ----------
     samples
@@ -250,9 +256,11 @@ def coverage(samples: np.ndarray, truth: np.ndarray, level: float = 0.9) -> np.n
 
     Returns
     -------
-    Shape ``(G,)``, in [0, 1].
+    Shape ``(G,)``, in [0, 1], or NaN.
     """
     samples, truth = _samples(samples, truth)
+    if len(samples) < LEAST_SAMPLES or level > (len(samples) - 1) / (len(samples) + 1) + 1e-9:
+        return np.full(samples.shape[2], np.nan)
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0, method="weibull")
     return ((low <= truth) & (truth <= high)).mean(0)
 

@@ -31,11 +31,11 @@ def _close():
 
 @pytest.fixture
 def table() -> AnnData:
-    """300 rows, a prediction with 9 samples from the distribution of the truth."""
+    """300 rows, a prediction with 24 samples from the distribution of the truth."""
     rng = np.random.default_rng(0)
     center = rng.uniform(2, 6, (300, 3))
     table = AnnData((center + rng.normal(size=(300, 3))).clip(0).astype(np.float32), var=pd.DataFrame(index=GENES))
-    samples = center[:, None] + rng.normal(size=(300, 9, 3))
+    samples = center[:, None] + rng.normal(size=(300, 24, 3))
     table.layers["predicted"] = samples.mean(1)
     table.var["predicted"] = True
     table.obsm["predicted_samples"] = samples
@@ -190,7 +190,7 @@ def test_gene_scatter_bad_input() -> None:
 def test_calibration_draws_coverage(table: AnnData) -> None:
     ax = pl.calibration(table, keys=["predicted", "narrow"], levels=(0.2, 0.5, 0.8, 0.95))
     _, good, narrow = ax.lines
-    assert good.get_xdata().tolist() == [0.2, 0.5, 0.8]  # nine samples span .8
+    assert good.get_xdata().tolist() == [0.2, 0.5, 0.8]  # 24 samples span .92
     samples = np.moveaxis(table.obsm["predicted_samples"], 1, 0)
     expected = [metrics.coverage(samples, table.X, level).mean() for level in (0.2, 0.5, 0.8)]
     np.testing.assert_allclose(good.get_ydata(), expected)
@@ -202,20 +202,30 @@ def test_calibration_draws_coverage(table: AnnData) -> None:
 
 def test_calibration_of_maps(sdata: SpatialData) -> None:
     truth = sdata["truth"].to_numpy()
-    spread = np.random.default_rng(0).uniform(-1, 1, (3, 19, *SHAPE))
-    channels = [f"{gene}:{i}" for gene in GENES for i in range(19)]
+    spread = np.random.default_rng(0).uniform(-1, 1, (3, 21, *SHAPE))
+    channels = [f"{gene}:{i}" for gene in GENES for i in range(21)]
     write_image(
-        sdata, "map_samples", (truth[:, None] + 1 + spread).reshape(57, *SHAPE), channels=channels, transformations=BINS
+        sdata, "map_samples", (truth[:, None] + 1 + spread).reshape(63, *SHAPE), channels=channels, transformations=BINS
     )
     ax = pl.calibration(sdata, keys="map", truth_key="truth", genes=["A", "C"], levels=[0.5])
     assert ax.lines[1].get_ydata()[0] == 0  # all samples lie above
+
+
+def test_calibration_of_few_samples_is_nan_and_says_why(table: AnnData, caplog: pytest.LogCaptureFixture) -> None:
+    table.obsm["narrow_samples"] = table.obsm["narrow_samples"][:, :19]
+    ax = pl.calibration(table, keys=["narrow", "predicted"], levels=(0.2, 0.5))
+    _, few, enough = ax.lines
+    assert np.isnan(few.get_ydata()).all()
+    assert np.isfinite(enough.get_ydata()).all()
+    assert few.get_label() == "narrow (19 samples, at least 20 are needed)"
+    assert "the calibration of 'narrow' is NaN: 19 samples" in caplog.text
 
 
 def test_calibration_bad_input(table: AnnData, sdata: SpatialData) -> None:
     with pytest.raises(ValueError, match="levels"):
         pl.calibration(table, levels=[1.0])
     with pytest.raises(ValueError, match="draw more samples"):
-        pl.calibration(table, levels=[0.9])
+        pl.calibration(table, levels=[0.95])
     with pytest.raises(KeyError, match="keep_samples=True"):
         pl.calibration(sdata, keys="map", truth_key="truth")
     with pytest.raises(KeyError, match="truth_key"):
@@ -273,7 +283,7 @@ def test_samples_draws_the_cloud_of_a_location(table: AnnData) -> None:
     np.testing.assert_allclose(median, [np.median(samples, 0)])
     assert (np.isclose(mode[0], samples)).any(0).all()
     np.testing.assert_allclose(truth, [table.X[7, [2, 0]]])
-    assert axes[0].get_title(loc="left") == "9 samples at s7\nas given"
+    assert axes[0].get_title(loc="left") == "24 samples at s7\nas given"
 
 
 def test_samples_bad_input(table: AnnData, sdata: SpatialData) -> None:

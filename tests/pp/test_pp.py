@@ -1,6 +1,7 @@
 """Gene selection, alignment and tile grids."""
 
 import logging
+import re
 
 import numpy as np
 import pandas as pd
@@ -65,6 +66,64 @@ def test_mitochondrial_and_ribosomal_genes_are_left_out_but_not_mtor():
     assert {"MTOR", "MTHFD1"} <= set(chosen)
     assert not {"MT-CO1", "mt-Nd1", "RPL3", "Rps6"} & set(chosen)
     assert "MT-CO1" in stgen.pp.select_genes(table, 60, flavor="hvg", exclude=None)
+
+
+def numbered_genes():
+    """60 genes under Ensembl ids, of which four are mitochondrial or ribosomal by the column of their symbols."""
+    symbols = ["MT-CO1", "mt-Nd1", "RPL3", "Rps6", "MTOR"] + [f"G{i}" for i in range(55)]
+    table = gene_table(names=[f"ENSG{i:011d}" for i in range(60)])
+    x = table.X.toarray()
+    x[:, :5] += 500
+    table.X = sparse.csr_matrix(x)
+    table.var["feature_name"] = pd.Categorical(symbols)
+    return table
+
+
+def test_genes_are_left_out_by_their_symbols(caplog):
+    table = numbered_genes()
+    chosen = stgen.pp.select_genes(table, 40, flavor="hvg", gene_symbols="feature_name")
+    assert not set(table.var_names[:4]) & set(chosen)
+    assert table.var_names[4] in chosen
+    assert table.uns["stgen"]["genes"]["gene_symbols"] == "feature_name"
+    assert "matches none" not in caplog.text
+    # a gene that one section calls mitochondrial is left out of all; a missing symbol is no match
+    other = numbered_genes()
+    other.var["feature_name"] = [np.nan] * 60
+    assert stgen.pp.select_genes([other, table], 40, flavor="hvg", gene_symbols="feature_name") == chosen
+    with pytest.raises(KeyError, match="var has no column 'symbol'; found feature_name"):
+        stgen.pp.select_genes(table, 40, gene_symbols="symbol")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "warns"),
+    [
+        ([f"ENSMUSG{i:011d}.2" for i in range(60)], {}, "none of the 60 gene names.*gene_symbols=<column of var"),
+        ([str(i) for i in range(60)], {}, "mitochondrial and ribosomal ones neither"),
+        ([f"G{i}" for i in range(60)], {"exclude": "^MT:"}, r"exclude='\^MT:' matches none"),
+        ([f"G{i}" for i in range(60)], {}, None),  # a panel without such genes
+        ([f"ENSG{i:011d}" for i in range(60)], {"exclude": None}, None),
+    ],
+)
+def test_a_warning_says_that_exclude_matches_nothing(caplog, names, options, warns):
+    stgen.pp.select_genes(gene_table(names=names), 10, **options)
+    if warns is None:
+        assert "matches none" not in caplog.text
+    else:
+        assert re.search(warns, caplog.text)
+
+
+def test_the_warning_names_the_column_of_symbols(caplog):
+    chosen = stgen.pp.select_genes(numbered_genes(), 40, flavor="hvg")
+    assert chosen[0] in [f"ENSG{i:011d}" for i in range(5)]
+    assert "pass gene_symbols='feature_name'" in caplog.text
+
+
+def test_the_record_of_another_result_is_not_replaced():
+    table = gene_table()
+    table.uns["stgen"] = {"X_texture": {"function": "pp.embed"}}
+    with pytest.raises(ValueError, match=r'uns\["stgen"\]\[\'X_texture\'\] is not a result'):
+        stgen.pp.select_genes(table, 10, key_added="X_texture")
+    assert table.uns["stgen"] == {"X_texture": {"function": "pp.embed"}}
 
 
 def test_only_shared_genes_and_the_record():

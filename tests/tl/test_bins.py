@@ -202,7 +202,7 @@ def test_existing_results_are_kept_unless_told(sdata):
     tl.bins_to_table(sdata, "map", genes=["A"], overwrite=True)
     assert sdata["map_bins"].n_vars == 1
     sdata["map_bins"].uns.pop("stgen")
-    with pytest.raises(ValueError, match=r"no result of tl.bins_to_table"):
+    with pytest.raises(ValueError, match=r"is not a result"):
         tl.bins_to_table(sdata, "map", overwrite=True)
     with pytest.raises(ValueError, match=r"stgen.tl.bins_to_table makes such tables"):
         tl.table_to_map(sdata, "map_bins")
@@ -224,7 +224,7 @@ def test_a_map_without_known_bins_is_refused(sdata, values):
         ({"columns": "total"}, TypeError, "`columns` must be a list of names"),
         ({"columns": ["region"]}, TypeError, "not numeric"),
         ({"columns": ["total"], "layer": "x"}, ValueError, "not both"),
-        ({"key_added": "map", "overwrite": True}, ValueError, "no result of tl.table_to_map"),
+        ({"key_added": "map", "overwrite": True}, ValueError, "is not a result"),
         ({"key_added": "map_bins"}, ValueError, "name of another element"),
     ],
 )

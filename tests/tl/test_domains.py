@@ -115,6 +115,16 @@ def test_locations_beyond_the_limit_go_with_their_neighbors(table, sdata):
     assert same_groups(np.asarray(sdata["domains"])[:-1], KINDS[:190])
 
 
+def test_any_number_of_rows_has_domains():
+    """Above 8,191 rows scanpy chooses another search for neighbors, which not every SciPy can follow."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 5, 8_300)
+    counts = rng.poisson(rng.gamma(1.0, 6.0, (5, 30))[group]).astype(np.float32)
+    rows = AnnData(counts, obs=pd.DataFrame(index=[f"s{i}" for i in range(8_300)]))
+    tl.find_domains(rows, n_domains=5)
+    assert metrics.label_agreement(rows.obs["domains"], group.astype(str))["ARI"] > 0.9
+
+
 def test_rows_without_counts_have_no_domain(table):
     table.X[7] = 0
     tl.find_domains(table)

@@ -132,9 +132,9 @@ def test_scales(sdata: SpatialData, rate, truth, transform: str, function) -> No
 
 
 def test_the_map_is_scored_and_its_samples_one_by_one(sdata: SpatialData, rate, truth) -> None:
-    samples = np.random.default_rng(1).gamma(2, rate / 2, (5, *rate.shape))
+    samples = np.random.default_rng(1).gamma(2, rate / 2, (20, *rate.shape))
     add(sdata, "result", samples.mean(0))
-    order = [(g, s) for g in range(3) for s in range(5)]
+    order = [(g, s) for g in range(3) for s in range(20)]
     add(sdata, "result_samples", np.stack([samples[s, g] for g, s in order]), [f"{GENES[g]}:{s}" for g, s in order])
     genes, summary = tl.evaluate(sdata, key="result", truth_key="counts")
     single = np.log1p(np.stack([flat(sample) for sample in samples]))

@@ -247,7 +247,14 @@ def test_a_prediction_is_never_taken_for_a_measurement(section, probe, stem):
         assert target.user_table is None
         entry = {"function": "tl.predict_expression", "transform": "log1p_norm", "unit": "u", "model": "m"}
         target.write(
-            samples, samples[:, 0], model.genes, entry, as_layers=False, embedding_key="X_colors", keep_samples=False
+            samples,
+            samples[:, 0],
+            model.genes,
+            entry,
+            as_layers=False,
+            embedding_key="X_colors",
+            keep_samples=False,
+            fold=None,
         )
     assert set(slide.tables) == {"first", "second"}
     again = Target.find(slide, table_key=None, shapes_key=None, key_added="third")
@@ -289,9 +296,9 @@ def test_cross_fit_never_uses_a_locations_own_block(section, genes):
     model = models.LinearProbe(genes, embedding_dim=12, transform="log1p_raw")
     tl.predict_expression(adata, model=model, key_added="before", folds=4, **QUIET)
     assert not model.fitted
-    from stgen.data import group_folds
-
-    fold = group_folds(spatial_blocks(adata.obsm["spatial"]), 4)
+    fold = adata.obs["before_fold"].to_numpy()
+    assert sorted(adata.obs["before_fold"].cat.categories) == [0, 1, 2, 3]
+    assert adata.uns["stgen"]["before"]["folds"] == 4
     X = adata.X.toarray()
     X[fold == 2] = X[fold == 2][:, ::-1]
     adata.X = X
@@ -299,6 +306,23 @@ def test_cross_fit_never_uses_a_locations_own_block(section, genes):
     before, after = (adata[:, genes].layers[key] for key in ("before", "after"))
     np.testing.assert_allclose(before[fold == 2], after[fold == 2], atol=1e-5)
     assert np.abs(before[fold != 2] - after[fold != 2]).max() > 0.05
+
+
+def test_folds_of_an_earlier_result_do_not_outlive_it(section, genes, stem):
+    adata = section["spot_counts"]
+    probe = models.LinearProbe(genes, embedding_dim=12)
+    tl.predict_expression(adata, model=probe, folds=2, **QUIET)
+    tl.predict_expression(adata, model=stem, n_samples=1, steps=2, overwrite=True, **QUIET)
+    assert "predicted_fold" not in adata.obs
+    assert "folds" not in adata.uns["stgen"]["predicted"]
+    adata.obs["new_fold"] = "of the user's"
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"obs\['new_fold'\]"):
+            tl.predict_expression(adata, model=probe, folds=2, key_added="new", overwrite=overwrite, **QUIET)
+    adata.layers["counts"] = adata.X.copy()
+    with pytest.raises(ValueError, match=r"layers\['counts'\] is not a result .* and is not replaced"):
+        tl.predict_expression(adata, model=probe, folds=2, key_added="counts", overwrite=True, **QUIET)
+    np.testing.assert_array_equal(adata.layers["counts"].toarray(), adata.X.toarray())
 
 
 def test_no_model_cross_fits_a_stem(section):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_new_key",
+    "made_by",
     "provenance",
     "record",
     "recorded_layer",
@@ -29,10 +30,22 @@ __all__ = [
 ]
 
 
-def check_new_key(container: Mapping[str, Any], key: str, *, overwrite: bool, what: str) -> None:
-    """Refuse a key that exists, unless it may be overwritten."""
+def check_new_key(container: Mapping[str, Any], key: str, *, overwrite: bool, what: str, ours: bool = True) -> None:
+    """Refuse a key that exists, unless it may be overwritten and, in ``ours``, is a result of the package."""
     if key in container and not overwrite:
         raise ValueError(f"{what}[{key!r}] exists already. Pass overwrite=True to replace it, or another key_added=.")
+    if key in container and not ours:
+        raise ValueError(
+            f"{what}[{key!r}] is not a result of this function by its record, and is not replaced. Pass another key_added=, or "
+            f"first remove it: del {what if what.startswith('sdata.') else 'adata.' + what}[{key!r}]."
+        )
+
+
+def made_by(obj: AnnData | SpatialData, key: str, function: str) -> bool:
+    """Whether the record says that a function of this package made what has this name."""
+    store = obj.uns if isinstance(obj, AnnData) else obj.attrs
+    entry = store.get("stgen", {}).get(key)
+    return isinstance(entry, Mapping) and entry.get("function") == function
 
 
 def provenance(function: str, **parameters: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -10,12 +11,14 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
-from stgen.metrics import coverage
+from stgen.metrics import LEAST_SAMPLES, coverage
 from stgen.pl._colors import SERIES
 from stgen.tl.comparison.compared import Values, find_compared
 from stgen.transforms import TransformName
 
 __all__ = ["calibration"]
+
+logger = logging.getLogger("stgen")
 
 MARKERS = "os^Dvp"
 ROUNDING = 1e-9
@@ -50,7 +53,8 @@ def calibration(
         Genes to average over; None for all.
     levels
         Nominal coverage of the central intervals, in (0, 1). Intervals wider than all samples together are left out:
-        above ``(S - 1) / (S + 1)`` of ``S`` samples, .905 of 20.
+        above ``(S - 1) / (S + 1)`` of ``S`` samples, .905 of 20. The coverage of fewer than 20 samples is NaN: nothing is
+        drawn of them, and their label and the logger say why.
     transform
         Maps only: scale of the counts; intervals depend on it little. By default ``"log1p_raw"``.
     table_key
@@ -67,7 +71,7 @@ def calibration(
     KeyError
         If a result, its samples, the truth or a gene does not exist.
     ValueError
-        If a level is not in (0, 1), or there are too few samples for any.
+        If a level is not in (0, 1), or all are wider than the samples together.
 
     Notes
     -----
@@ -95,7 +99,8 @@ def calibration(
         raise ValueError(f"`keys` must name a result, and `levels` must lie between 0 and 1; found {keys}, {levels}.")
     options = {"truth_key": truth_key, "genes": genes, "transform": transform, "table_key": table_key}
     compared = {key: find_compared(data, key, **options, need=("truth", "samples")) for key in keys}
-    most = {key: (found.n_samples - 1) / (found.n_samples + 1) for key, found in compared.items()}
+    few = [key for key, found in compared.items() if found.n_samples < LEAST_SAMPLES]
+    most = {key: (found.n_samples - 1) / (found.n_samples + 1) for key, found in compared.items() if key not in few}
     for key, highest in most.items():
         if highest + ROUNDING < levels[0]:
             raise ValueError(
@@ -107,10 +112,15 @@ def calibration(
         ax = plt.subplots(figsize=(4, 4), layout="constrained")[1]
     ax.plot([0, 1], [0, 1], color="0.4", lw=1, ls="--", zorder=1, label="calibrated")
     for number, (key, found) in enumerate(compared.items()):
+        color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+        if key in few:
+            reason = f"{found.n_samples} samples, at least {LEAST_SAMPLES} are needed"
+            logger.warning("the calibration of %r is NaN: %s. Predict again with more n_samples.", key, reason)
+            ax.plot(levels, np.full(len(levels), np.nan), color=color, marker=marker, ms=4, label=f"{key} ({reason})")
+            continue
         shown = levels[levels <= most[key] + ROUNDING]
         observed = np.array([_observed(values, shown) for _, values in found.each()])
         mean = observed.mean(0)
-        color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
         if len(observed) > 1:
             ax.fill_between(shown, *np.quantile(observed, (0.25, 0.75), axis=0), color=color, alpha=0.2, lw=0)
         error = np.abs(mean - shown).mean()

@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stgen._spatial.records import check_new_key, provenance, record, shallow_copy
+from stgen._spatial.records import check_new_key, made_by, provenance, record, shallow_copy
 from stgen._spatial.section import Section, get_section, get_table
 from stgen.data import dihedral
 from stgen.pp._alignment import check_section, known_scales
@@ -133,9 +133,9 @@ def embed(
     parts = list(model or []) if model is None or isinstance(model, list | tuple) else [model]
     if key_added is None:
         key_added = "X_" + "_".join(_label(part) for part in parts)
-    check_new_key(section.table.obsm, key_added, overwrite=overwrite, what="obsm")
-    if views == 8:
-        check_new_key(section.table.obsm, f"{key_added}_views", overwrite=overwrite, what="obsm")
+    ours = made_by(section.table, key_added, "pp.embed")
+    for name in (key_added, f"{key_added}_views"):
+        check_new_key(section.table.obsm, name, overwrite=overwrite, what="obsm", ours=ours)
     check_section(section, scales=known_scales(data))
     encoders = get_encoders(model, patch_um=patch_um, patch_px=patch_px, device=home)
 

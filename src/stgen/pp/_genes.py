@@ -13,7 +13,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from stgen._spatial.counts import get_counts
-from stgen._spatial.records import provenance, record
+from stgen._spatial.records import check_new_key, made_by, provenance, record
 from stgen._spatial.section import get_table
 from stgen.transforms import TARGET_SUM
 
@@ -22,6 +22,9 @@ __all__ = ["select_genes"]
 logger = logging.getLogger("stgen")
 
 _MITOCHONDRIAL_OR_RIBOSOMAL = r"^(?:MT-|RPS|RPL|mt-|Mt-|Rps|Rpl)"
+_NUMBERED = r"^(?:ENS[A-Z]*[GTP]\d{6,}|FBgn\d+|WBGene\d+|[A-Z]{2}_\d+|\d+$)"  # names by databases, which say nothing of the kind
+_SYMBOLS = ("gene_symbols", "gene_symbol", "symbol", "feature_name", "gene_name", "gene_names", "SYMBOL")
+_WHOLE_TRANSCRIPTOME = 5000  # genes of a table that must have ribosomal ones among them
 _PER_SECTION = 2000
 
 
@@ -32,6 +35,7 @@ def select_genes(
     flavor: Literal["hmhvg", "hvg", "deg", "mean_var"] = "hmhvg",
     groupby: str | None = None,
     exclude: str | None = _MITOCHONDRIAL_OR_RIBOSOMAL,
+    gene_symbols: str | None = None,
     transform: Literal["log1p_norm", "log1p_raw"] = "log1p_norm",
     layer: str | None = None,
     table_key: str | None = None,
@@ -61,7 +65,11 @@ def select_genes(
     groupby
         Column of ``obs`` with the groups for ``"deg"``, annotated regions or clusters.
     exclude
-        Regular expression of names to leave out: mitochondrial (``MT-``) and ribosomal genes. None keeps all.
+        Regular expression of names to leave out: mitochondrial (``MT-``) and ribosomal genes. None keeps all. A warning
+        says where it can have matched nothing only because the names are of another kind.
+    gene_symbols
+        Column of ``var`` with the names that ``exclude`` is for, where ``var_names`` are Ensembl ids. What is returned are
+        ``var_names`` in any case.
     transform
         Scale of ``"mean_var"``, see :func:`stgen.transforms.transform_counts`.
     layer
@@ -81,6 +89,8 @@ def select_genes(
 
     Raises
     ------
+    KeyError
+        There is no column ``groupby`` or ``gene_symbols``, no such table or layer.
     ValueError
         Fewer than ``n`` genes are eligible; negative or missing counts; duplicate names.
 
@@ -102,10 +112,14 @@ def select_genes(
         raise ValueError(f"`n` must be a positive number of genes, found {n!r}.")
     tables = [get_table(section, table_key=table_key) for section in _sections(data)]
     for table in tables:
+        if key_added is not None and not made_by(table, key_added, "pp.select_genes"):
+            check_new_key(table.uns.get("stgen", {}), key_added, overwrite=True, what='uns["stgen"]', ours=False)
         if groupby is not None and groupby not in table.obs:
             raise KeyError(f"obs has no column {groupby!r}; found {', '.join(table.obs.columns) or 'none'}.")
+        if gene_symbols is not None and gene_symbols not in table.var:
+            raise KeyError(f"var has no column {gene_symbols!r}; found {', '.join(map(str, table.var)) or 'none'}.")
     counts = [get_counts(table, layer=layer, dense=False) for table in tables]
-    shared = _shared_genes(tables, exclude)
+    shared = _shared_genes(tables, exclude, gene_symbols)
     totals = [np.asarray(c.sum(1)).ravel() for c in counts]
     counts = [c[:, table.var_names.get_indexer(shared)] for c, table in zip(counts, tables, strict=True)]
     varies = _varies(counts)
@@ -135,7 +149,14 @@ def select_genes(
             f"Only {len(names)} genes are eligible for flavor={flavor!r}, {n} were asked for; pass a smaller n."
         )
     entry = provenance(
-        "pp.select_genes", flavor=flavor, n=n, groupby=groupby, exclude=exclude, layer=layer, sections=len(tables)
+        "pp.select_genes",
+        flavor=flavor,
+        n=n,
+        groupby=groupby,
+        exclude=exclude,
+        gene_symbols=gene_symbols,
+        layer=layer,
+        sections=len(tables),
     )
     if key_added is not None:
         for table in tables:
@@ -155,11 +176,38 @@ def _sections(
     return sections
 
 
-def _shared_genes(tables: Sequence[AnnData], exclude: str | None) -> pd.Index:
+def _shared_genes(tables: Sequence[AnnData], exclude: str | None, gene_symbols: str | None) -> pd.Index:
+    """Genes that every table has, without those whose name, or symbol, matches ``exclude`` in any of them."""
     shared = tables[0].var_names
     for table in tables[1:]:
         shared = shared[shared.isin(table.var_names)]
-    return shared if exclude is None else shared[~shared.str.contains(exclude)]
+    if exclude is None:
+        return shared
+    left_out = set()
+    for table in tables:
+        names = (
+            table.var_names if gene_symbols is None else table.var[gene_symbols].astype(object).fillna("").astype(str)
+        )
+        left_out |= set(table.var_names[np.asarray(pd.Index(names).str.contains(exclude), bool)])
+    if not left_out:
+        _warn_of_names(tables[0], exclude, gene_symbols)
+    return shared[~shared.isin(left_out)]
+
+
+def _warn_of_names(table: AnnData, exclude: str, gene_symbols: str | None) -> None:
+    """Say that ``exclude`` matched nothing, where that cannot be because there are no such genes."""
+    names = table.var_names if gene_symbols is None else pd.Index(table.var[gene_symbols].astype(str))
+    numbered = names.str.contains(_NUMBERED).mean() > 0.5
+    if exclude == _MITOCHONDRIAL_OR_RIBOSOMAL and not numbered and table.n_vars < _WHOLE_TRANSCRIPTOME:
+        return  # a panel without such genes
+    column = next((name for name in _SYMBOLS if name in table.var and name != gene_symbols), None)
+    logger.warning(
+        "exclude=%r matches none of the %d gene names%s, which look like %s: no gene is left out%s. %s", exclude, len(names),
+        "" if gene_symbols is None else f" in var[{gene_symbols!r}]", ", ".join(map(str, names[:3])),
+        ", mitochondrial and ribosomal ones neither" if exclude == _MITOCHONDRIAL_OR_RIBOSOMAL else "",
+        f"The symbols may be in var[{column!r}]: pass gene_symbols={column!r}." if column is not None
+        else "Pass gene_symbols=<column of var with the symbols>, another exclude=, or exclude=None.",
+    )  # fmt: skip
 
 
 def _varies(counts: Sequence[sparse.csr_array]) -> np.ndarray:

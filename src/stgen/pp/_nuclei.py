@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from stgen._checks import listed
 from stgen._spatial.image import Histology, image_of
-from stgen._spatial.records import provenance, record
+from stgen._spatial.records import made_by, provenance, record
 from stgen._spatial.section import find_image
 from stgen._spatial.tissue import tissue_mask
 from stgen.pp._rasterize import check_free_key, check_sdata
@@ -145,7 +145,7 @@ def segment_nuclei(
     True
     """
     check_sdata(sdata)
-    check_free_key(sdata, "labels", key_added, overwrite=overwrite)
+    check_free_key(sdata, "labels", key_added, overwrite=overwrite, ours=made_by(sdata, key_added, "pp.segment_nuclei"))
     image_key = find_image(sdata, image_key)
     image = image_of(sdata, image_key, mpp=mpp)
     area_px = _check_area(min_area_um2, max_area_um2, image.mpp)

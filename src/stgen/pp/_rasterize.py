@@ -23,7 +23,7 @@ from stgen._spatial.counts import get_counts
 from stgen._spatial.grid import Grid, apply_affine, get_map, map_counts_checked, scaled
 from stgen._spatial.image import affine_to, is_micrometers, micrometers_per_unit
 from stgen._spatial.platforms import um_per_unit_of_bins
-from stgen._spatial.records import check_new_key, provenance, record, write_image
+from stgen._spatial.records import check_new_key, made_by, provenance, record, write_image
 from stgen._spatial.section import annotated_region, get_section
 
 __all__ = ["degrade", "rasterize"]
@@ -122,7 +122,7 @@ def rasterize(
     check_positive("bin_um", bin_um)
     if mask_um is not None and not (np.isfinite(mask_um) and mask_um >= 0):
         raise ValueError(f"`mask_um` must be None or a number of µm that is not negative, found {mask_um!r}.")
-    check_free_key(sdata, "images", key_added, overwrite=overwrite)
+    check_free_key(sdata, "images", key_added, overwrite=overwrite, ours=made_by(sdata, key_added, "pp.rasterize"))
     if points_key is not None and table_key is not None:
         raise ValueError(
             f"Both points_key={points_key!r} and table_key={table_key!r} are given; pass the one to count."
@@ -237,8 +237,8 @@ def degrade(
     key_added = f"{map_key}_{factor}x" if key_added is None else key_added
     if key_added == map_key:
         raise ValueError(f"key_added={key_added!r} is the map itself; pass another name.")
-    check_free_key(sdata, "images", key_added, overwrite=overwrite)
-    check_free_key(sdata, "labels", f"{key_added}_area", overwrite=overwrite)
+    for kind, key in (("images", key_added), ("labels", f"{key_added}_area")):
+        check_free_key(sdata, kind, key, overwrite=overwrite, ours=made_by(sdata, key_added, "pp.degrade"))
     grid = Grid.of_map(sdata, map_key)
 
     factor = int(factor)
@@ -534,10 +534,10 @@ def check_sdata(sdata: Any) -> None:
         raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
 
 
-def check_free_key(sdata: SpatialData, kind: str, key: str, *, overwrite: bool) -> None:
-    """Refuse a key that exists, unless it may be overwritten by an element of its own kind."""
+def check_free_key(sdata: SpatialData, kind: str, key: str, *, overwrite: bool, ours: bool) -> None:
+    """Refuse a key that exists, unless it is an earlier result of the same function (``ours``) that may be overwritten."""
     container = getattr(sdata, kind)
-    check_new_key(container, key, overwrite=overwrite, what=f"sdata.{kind}")
+    check_new_key(container, key, overwrite=overwrite, what=f"sdata.{kind}", ours=ours)
     if key in sdata and key not in container:
         raise ValueError(
             f"{key!r} is the name of another element, which is not in sdata.{kind}; pass another key_added=."

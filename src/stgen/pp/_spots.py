@@ -21,7 +21,7 @@ from spatialdata.transformations import get_transformation
 from stgen._checks import check_positive, only_key
 from stgen._spatial.grid import Grid, get_map, map_counts_checked
 from stgen._spatial.measured import measurement_of
-from stgen._spatial.records import provenance, record, write_circles, write_image, write_table
+from stgen._spatial.records import made_by, provenance, record, write_circles, write_image, write_table
 from stgen._spatial.section import get_section, get_table
 from stgen.measurement import Measurement
 from stgen.pp._rasterize import Frame, Molecules, check_free_key, check_sdata, extent, genes_of, lazy_map
@@ -126,10 +126,15 @@ def simulate_spots(
     if points_key is not None and map_key is not None:
         raise ValueError(f"Both points_key={points_key!r} and map_key={map_key!r} are given; pass the one to measure.")
     rest_key = f"{key_added}_rest"
-    check_free_key(sdata, "shapes", key_added, overwrite=overwrite)
-    check_free_key(sdata, "tables", f"{key_added}_counts", overwrite=overwrite)
+    if thin is not None and rest_key in (points_key, map_key):
+        raise ValueError(
+            f"{rest_key!r} is what is measured and would be replaced by what is left; pass another key_added=."
+        )
+    written = [("shapes", key_added), ("tables", f"{key_added}_counts")]
     if thin is not None:
-        check_free_key(sdata, "points" if map_key is None else "images", rest_key, overwrite=overwrite)
+        written.append(("points" if map_key is None else "images", rest_key))
+    for kind, key in written:
+        check_free_key(sdata, kind, key, overwrite=overwrite, ours=made_by(sdata, key_added, "pp.simulate_spots"))
 
     if map_key is None:
         molecules = Molecules.of(sdata, points_key, genes=genes, gene_column=gene_column)
@@ -274,7 +279,7 @@ def spots_to_map(
     """
     check_sdata(sdata)
     only_key(sdata.tables, table_key, argument="table_key", what="table")
-    check_free_key(sdata, "images", key_added, overwrite=overwrite)
+    check_free_key(sdata, "images", key_added, overwrite=overwrite, ours=made_by(sdata, key_added, "pp.spots_to_map"))
     names = genes_of(genes, get_table(sdata, table_key=table_key).var_names, f"the table {table_key!r}")
     if map_key is not None and image_key is None and bin_um is None:
         grid = Grid.of_map(sdata, map_key)

@@ -13,7 +13,7 @@ from spatialdata.transformations import Affine, get_transformation
 
 from stgen._checks import check_positive
 from stgen._spatial.image import Histology, image_of
-from stgen._spatial.records import check_new_key, provenance, record, shallow_copy, write_circles, write_table
+from stgen._spatial.records import check_new_key, made_by, provenance, record, shallow_copy, write_circles, write_table
 from stgen._spatial.section import find_image
 from stgen._spatial.tissue import tissue_mask
 
@@ -99,8 +99,10 @@ def tile_grid(
         raise ValueError(f"`min_tissue` must lie in [0, 1], found {min_tissue!r}.")
     image_key = find_image(sdata, image_key)
     table_key_added = f"{key_added}_table" if table_key_added is None else table_key_added
-    check_new_key(sdata.shapes, key_added, overwrite=overwrite, what="sdata.shapes")
-    check_new_key(sdata.tables, table_key_added, overwrite=overwrite, what="sdata.tables")
+    ours = made_by(sdata, key_added, "pp.tile_grid")
+    check_new_key(sdata.shapes, key_added, overwrite=overwrite, what="sdata.shapes", ours=ours)
+    ours = ours and table_key_added in sdata.tables and sdata.tables[table_key_added].n_vars == 0
+    check_new_key(sdata.tables, table_key_added, overwrite=overwrite, what="sdata.tables", ours=ours)
     image = image_of(sdata, image_key, mpp=mpp)
     _check_number(image, spacing_um)
 

@@ -21,7 +21,7 @@ from spatialdata.transformations import Affine
 from stgen._checks import check_types
 from stgen._spatial.grid import Grid, apply_affine, get_map
 from stgen._spatial.normalized import PER, total_of
-from stgen._spatial.records import provenance, record, shallow_copy
+from stgen._spatial.records import made_by, provenance, record, shallow_copy
 from stgen._spatial.section import shared_system
 from stgen.pp._rasterize import check_free_key, check_sdata, genes_of
 from stgen.tl.evaluation.maps import check_same_grid
@@ -169,12 +169,9 @@ def bins_to_table(
 
 def _check_keys(sdata: SpatialData, key: str, squares_key: str, *, overwrite: bool) -> None:
     """Refuse keys that exist, unless both are an earlier result and may go, and names that cannot be stored."""
-    check_free_key(sdata, "tables", key, overwrite=overwrite)
-    check_free_key(sdata, "shapes", squares_key, overwrite=overwrite)
-    ours = key in sdata.tables and sdata.tables[key].uns.get("stgen", {}).get(key, {}).get("function") == FUNCTION
-    for container, name in (("tables", key), ("shapes", squares_key)):
-        if name in getattr(sdata, container) and not ours:
-            raise ValueError(f"sdata.{container}[{name!r}] is no result of {FUNCTION}; pass another key_added=.")
+    ours = key in sdata.tables and made_by(sdata.tables[key], key, FUNCTION)
+    check_free_key(sdata, "tables", key, overwrite=overwrite, ours=ours)
+    check_free_key(sdata, "shapes", squares_key, overwrite=overwrite, ours=ours)
     SpatialData(tables={key: TableModel.parse(AnnData(np.zeros((1, 1), np.float32)))})
 
 

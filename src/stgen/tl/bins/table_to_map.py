@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import Identity, get_transformation
 
 from stgen._checks import check_types, listed, only_key
-from stgen._spatial.records import provenance, record, shallow_copy, write_image
+from stgen._spatial.records import made_by, provenance, record, shallow_copy, write_image
 from stgen._spatial.section import annotated_region
 from stgen.pp._rasterize import check_free_key, check_sdata, genes_of
 from stgen.tl.bins.bins_to_table import FUNCTION as MADE_BY
@@ -160,10 +160,8 @@ def _numeric_columns(table: AnnData, columns: Sequence[str]) -> list[str]:
 
 
 def _check_key(sdata: SpatialData, key: str, *, overwrite: bool) -> None:
-    """Refuse a key that exists, unless it is an earlier result and may go, and names that cannot be stored."""
-    check_free_key(sdata, "images", key, overwrite=overwrite)
-    if key in sdata.images and sdata.attrs.get("stgen", {}).get(key, {}).get("function") != FUNCTION:
-        raise ValueError(f"sdata.images[{key!r}] is no result of {FUNCTION}; pass another key_added=.")
+    """Refuse a key that exists, unless it is an earlier result that may be overwritten, and names that cannot be stored."""
+    check_free_key(sdata, "images", key, overwrite=overwrite, ours=made_by(sdata, key, FUNCTION))
     trial = SpatialData()
     write_image(trial, key, np.zeros((1, 1, 1)), channels=["x"], transformations={"global": Identity()})
 

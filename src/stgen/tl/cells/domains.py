@@ -80,7 +80,8 @@ def find_domains(
         Neighbors of each location in the graph.
     max_locations
         Where there are more, so many of them, drawn at random, are clustered; each of the others goes with the majority of its
-        neighbors among these, in the space of the principal components.
+        neighbors among these, in the space of the principal components. Neighbors are found exactly, which takes time with the
+        square of this number: seconds at 50,000, minutes at 200,000.
     seed
         Random seed; the same one gives the same domains.
     key_added
@@ -161,7 +162,8 @@ def find_domains(
     adata = AnnData(x[np.argsort(at)][:, varies])  # in one order, however the map is chunked
     n_pcs, n_neighbors = min(n_pcs, int(varies.sum()) - 1, n_clustered - 1), min(n_neighbors, n_clustered - 1)
     sc.pp.pca(adata, n_comps=n_pcs, random_state=seed)
-    sc.pp.neighbors(adata, n_neighbors=n_neighbors, use_rep="X_pca", random_state=seed)
+    # exact neighbors of any number of rows: scanpy's own choice above 8,191, approximate ones, needs an older SciPy
+    sc.pp.neighbors(adata, n_neighbors=n_neighbors, use_rep="X_pca", transformer="sklearn", random_state=seed)
     code, resolution = _communities(adata, n_domains, resolution, seed)
 
     domain = np.full(known.size, -1)

@@ -70,7 +70,7 @@ def evaluate(
     Returns
     -------
     ``genes``: PCC (0 for a constant), MSE, RMSE, MAE, RVD of the prediction; with kept samples also RVD of single samples
-    (averaged), coverage of the 50, 80 and 90 % intervals, and CRPS. ``summary``: means over genes, medians of RVD, PCC-k,
+    (averaged), coverage of the 50, 80 and 90 % intervals (NaN of fewer than 20 samples), and CRPS. ``summary``: means over genes, medians of RVD, PCC-k,
     GSC and SSC (from the samples where kept; ``GSC_sample`` is that of one sample on its own), and the number of constant
     predictions.
 

@@ -16,7 +16,7 @@ from stgen._spatial.grid import Grid, get_map, map_counts_checked
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import recorded_layer
 from stgen.measurement import Measurement
-from stgen.tl.evaluation.scores import Scores, gene_scores, summarize
+from stgen.tl.evaluation.scores import Scores, gene_scores, summarize, warn_of_few_samples
 from stgen.transforms import TransformName, transform_counts, unit
 
 __all__ = ["check_same_grid", "evaluate_maps"]
@@ -46,6 +46,8 @@ def evaluate_maps(
         layer = recorded_layer(sdata, [key], low_res)
         measurement = measurement_of(sdata, low_res, Grid.of_map(sdata, key), maps.genes, layer=layer)
 
+    if maps.n_samples:
+        warn_of_few_samples(maps.n_samples)
     rows, moran = {}, {}
     known_of_all, n_constant = True, 0
     for gene in maps.genes:

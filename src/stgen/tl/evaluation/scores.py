@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ from sklearn.neighbors import kneighbors_graph
 
 from stgen import metrics
 
-__all__ = ["Scores", "gene_scores", "score", "summarize"]
+__all__ = ["Scores", "gene_scores", "score", "summarize", "warn_of_few_samples"]
+
+logger = logging.getLogger("stgen")
 
 
 class Scores(NamedTuple):
@@ -48,6 +51,7 @@ def score(
     single = pred[None] if samples is None else samples
     summary["GSC"] = metrics.gsc(single, truth)
     if samples is not None:
+        warn_of_few_samples(len(samples))
         summary["GSC_sample"] = float(np.mean([metrics.gsc(s, truth) for s in samples]))
     if xy is not None and len(xy) > 6:
         weights = _neighbors(xy)
@@ -85,6 +89,15 @@ def summarize(frame: pd.DataFrame, *, ranking: list[int] | None = None) -> dict[
             if ranking is not None:
                 summary[f"PCC-{k}_ranked"] = metrics.top_k(frame["PCC"], k, ranking=ranking)
     return summary
+
+
+def warn_of_few_samples(n_samples: int) -> None:
+    """Say why the coverage of few samples is NaN."""
+    if n_samples < metrics.LEAST_SAMPLES:
+        logger.warning(
+            "coverage is NaN: %d samples do not show where an interval ends, at least %d do. Predict again with "
+            "n_samples=%d, keep_samples=True.", n_samples, metrics.LEAST_SAMPLES, metrics.LEAST_SAMPLES,
+        )  # fmt: skip
 
 
 def _neighbors(xy: np.ndarray, k: int = 6) -> sp.csr_matrix:

@@ -119,6 +119,8 @@ def predict_expression(
       NaN for genes that the model does not predict, and ``var[key_added]`` says which it does
     - ``layers[f"{key_added}_std"]``: standard deviation of the samples (stochastic models only)
     - ``obsm[f"{key_added}_samples"]``: samples ``(n, n_samples, G)``, with ``keep_samples=True``
+    - ``obs[f"{key_added}_fold"]``, when cross-fitting: the fold of each location, from 0, categorical. Its counts, and those of
+      all others in its fold, did not enter its prediction
     - ``uns["stgen"][key_added]``: function, model, weights' hash, genes, unit, parameters, seed, version
 
     A table that lacks some of the genes is not widened: a new table named ``key_added`` is added to the SpatialData, with
@@ -176,21 +178,22 @@ def predict_expression(
     if model is not None and model.fitted:
         position = np.array([model.genes.index(gene) for gene in chosen], int)
         samples = draw(model, h, np.arange(len(h)), **sampling)[:, :, position]
-        fitted_on, weights = model.record.get("sections", []), model.weights_sha256()
+        fitted_on, weights, fold = model.record.get("sections", []), model.weights_sha256(), None
     else:
         model = model or models.Stem(chosen, embedding_dim=h.shape[1])
-        samples = _cross_fit(model, target, embedding_key, layer, folds, sampling, fit_options or {})
+        samples, fold = _cross_fit(model, target, embedding_key, layer, folds, sampling, fit_options or {})
         fitted_on, weights = f"this section, cross-fitted in {folds} folds", None
     entry = provenance(
         "tl.predict_expression", model=type(model).__name__, weights_sha256=weights, fitted_on=fitted_on, genes=chosen,
         transform=model.transform, unit=unit(model.transform), statistic=statistic, n_samples=samples.shape[1],
         steps=steps, solver=solver, seed=seed, embedding=embedding_key, layer=layer,
+        folds=None if fold is None else int(fold.max() + 1),
     )  # fmt: skip
     if copy:
         data = target.copy_data()
     target.write(
         samples, STATISTICS[statistic](samples), chosen, entry,
-        as_layers=as_layers, embedding_key=embedding_key, keep_samples=keep_samples,
+        as_layers=as_layers, embedding_key=embedding_key, keep_samples=keep_samples, fold=fold,
     )  # fmt: skip
     return data if copy else None
 
@@ -282,8 +285,8 @@ def _cross_fit(
     folds: int,
     sampling: dict[str, Any],
     fit_options: Mapping[str, Any],
-) -> np.ndarray:
-    """Samples for every location, each from a model that was fitted on other spatial blocks."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples for every location, each from a model that was fitted on other spatial blocks, and the fold of each."""
     xy = get_section(target.work, table_key=target.table_key).xy_px
     source = Source(target.user_table, target.rows, xy)
     data, blocks, info = gather(model, {"section": source}, embedding_key=key, layer=layer)
@@ -298,7 +301,7 @@ def _cross_fit(
         held_out = hold_out(blocks[inside], validation, np.random.default_rng(sampling["seed"]))
         fit_in_place(part, *split(data.subset(inside), held_out), info, **options)
         samples[outside] = draw(part, data.h[outside, 0].numpy(), outside, **sampling)
-    return samples
+    return samples, np.unique(fold, return_inverse=True)[1]
 
 
 def _chosen(model: Model, genes: list[str] | None) -> list[str]:

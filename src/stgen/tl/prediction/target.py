@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stgen._spatial.image import is_micrometers, slide_mpp
-from stgen._spatial.records import check_new_key, record, shallow_copy, write_table
+from stgen._spatial.records import check_new_key, made_by, record, shallow_copy, write_table
 from stgen._spatial.section import find_image, get_table
 from stgen._spatial.tables import embedding_key_of, embedding_record, predicted_in_x, recorded_embeddings
 from stgen.pp import embed, tile_grid
@@ -91,7 +91,9 @@ class Target:
                     f"sdata.tables[{key!r}] is not a prediction and is not replaced; pass another key_added=."
                 )
             if self.new_shapes:
-                check_new_key(self.data.shapes, f"{key}_tiles", overwrite=overwrite, what="sdata.shapes")
+                tiles = f"{key}_tiles"
+                ours = made_by(self.data, tiles, "pp.tile_grid")
+                check_new_key(self.data.shapes, tiles, overwrite=overwrite, what="sdata.shapes", ours=ours)
             if missing:
                 logger.warning(
                     "%d of the %d genes to predict are not in %r (%s): the prediction goes into X of a table of its own, "
@@ -99,14 +101,15 @@ class Target:
                     len(missing), len(genes), self.table_key, ", ".join(missing[:5]), key,
                 )  # fmt: skip
             return False
-        ours = table.uns.get("stgen", {}).get(key, {}).get("function") == "tl.predict_expression"
+        ours = made_by(table, key, "tl.predict_expression")
         for container, what, name in (
             (table.layers, "layers", key),
             (table.layers, "layers", f"{key}_std"),
             (table.obsm, "obsm", f"{key}_samples"),
+            (table.obs, "obs", f"{key}_fold"),
             (table.uns.get("stgen", {}), 'uns["stgen"]', key),
         ):
-            check_new_key(container, name, overwrite=overwrite, what=what)
+            check_new_key(container, name, overwrite=overwrite, what=what, ours=ours)
         if key in table.obs or (key in table.var and not ours):
             raise ValueError(f"var[{key!r}] or obs[{key!r}] is in use already; pass another key_added=.")
         return True
@@ -188,6 +191,7 @@ class Target:
         as_layers: bool,
         embedding_key: str,
         keep_samples: bool,
+        fold: np.ndarray | None,
     ) -> None:
         """Put the finished result into the user's object."""
         key_added = self.key_added
@@ -203,8 +207,16 @@ class Target:
                 table.obsm["spatial"] = rows.obsm["spatial"]
             entry = {**entry, "values_in": "X"}
         else:
-            for container, name in ((table.layers, f"{key_added}_std"), (table.obsm, f"{key_added}_samples")):
-                container.pop(name, None)  # of an earlier result of the same name
+            earlier = (
+                (table.layers, f"{key_added}_std"),
+                (table.obsm, f"{key_added}_samples"),
+                (table.obs, f"{key_added}_fold"),
+            )
+            for container, name in earlier:  # of an earlier result of the same name
+                if name in container:
+                    del container[name]
+        if fold is not None:
+            table.obs[f"{key_added}_fold"] = pd.Categorical(fold)
         if as_layers and genes == list(table.var_names):
             table.layers.update(values)
             table.var[key_added] = True
