@@ -176,7 +176,7 @@ def embed(
         patch_px_given=None if patch_px is None else int(patch_px),
         image_key=section.image_key,
         image_mpp=image.mpp,
-        **image.record(),
+        **image.values.record(),  # its doubts are those of the check
         n_features=features.shape[2],
         views=views,
         by_name=all(isinstance(part, str) for part in parts),
