@@ -17,7 +17,7 @@ from stgen._spatial.grid import Grid
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import provenance, record, shallow_copy, write_image
 from stgen.diffusion import Diffusion
-from stgen.models._maps import MapDiffusionModel
+from stgen.models import MapDiffusionModel
 from stgen.tl.superresolution import windows as _windows
 from stgen.tl.superresolution.superresolve import superresolve
 from stgen.tl.superresolution.windows import Section, Tiling
