@@ -253,7 +253,7 @@ def test_resumed_is_as_uninterrupted_and_nothing_is_done_twice(done, sections, t
 def test_finished_comparison_is_only_read(done, sections, monkeypatch):
     folder, table = done
     before = files(folder)
-    for name in ("fit", "predict_expression", "evaluate", "_write"):
+    for name in ("fit", "predict_expression", "evaluate", "write_text"):
         monkeypatch.setattr(_compare, name, lambda *_, **__: pytest.fail("work was begun"))
     for given in ((MODELS, {**SPLIT, **FAST}), (folder, {"device": "cpu"})):
         again = tl.compare(given[0], sections, folder=folder, **given[1])
@@ -391,7 +391,7 @@ BAD = {
 def test_bad_arguments_are_refused_before_any_work(data, tmp_path, monkeypatch, what):
     changed, error, message = BAD[what]
     monkeypatch.chdir(tmp_path)
-    for name in ("fit", "_write"):
+    for name in ("fit", "write_text"):
         monkeypatch.setattr(_compare, name, lambda *_, **__: pytest.fail("work was begun"))
     before = state(data)
     arguments = {"models": ["LinearProbe"], "data": data, **SPLIT, **FAST, **changed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -94,15 +95,18 @@ def calibration(
     (2, 'predicted')
     """
     keys = [keys] if isinstance(keys, str) else list(keys)
-    levels = np.unique(np.asarray(levels, dtype=np.float64))
-    if not keys or levels.size == 0 or not ((levels > 0) & (levels < 1)).all():
-        raise ValueError(f"`keys` must name a result, and `levels` must lie between 0 and 1; found {keys}, {levels}.")
-    options = {"truth_key": truth_key, "genes": genes, "transform": transform, "table_key": table_key}
-    compared = {key: find_compared(data, key, **options, need=("truth", "samples")) for key in keys}
+    nominal = np.unique(np.asarray(levels, dtype=np.float64))
+    if not keys or nominal.size == 0 or not ((nominal > 0) & (nominal < 1)).all():
+        raise ValueError(f"`keys` must name a result, and `levels` must lie between 0 and 1; found {keys}, {nominal}.")
+    compare = partial(
+        find_compared, data, truth_key=truth_key, genes=genes, transform=transform, table_key=table_key,
+        need=("truth", "samples"),
+    )  # fmt: skip
+    compared = {key: compare(key) for key in keys}
     few = [key for key, found in compared.items() if found.n_samples < LEAST_SAMPLES]
     most = {key: (found.n_samples - 1) / (found.n_samples + 1) for key, found in compared.items() if key not in few}
     for key, highest in most.items():
-        if highest + ROUNDING < levels[0]:
+        if highest + ROUNDING < nominal[0]:
             raise ValueError(
                 f"{compared[key].n_samples} samples of {key!r} span {highest:.2f} of the distribution, less than any of the "
                 "levels; draw more samples."
@@ -116,9 +120,9 @@ def calibration(
         if key in few:
             reason = f"{found.n_samples} samples, at least {LEAST_SAMPLES} are needed"
             logger.warning("the calibration of %r is NaN: %s. Predict again with more n_samples.", key, reason)
-            ax.plot(levels, np.full(len(levels), np.nan), color=color, marker=marker, ms=4, label=f"{key} ({reason})")
+            ax.plot(nominal, np.full(len(nominal), np.nan), color=color, marker=marker, ms=4, label=f"{key} ({reason})")
             continue
-        shown = levels[levels <= most[key] + ROUNDING]
+        shown = nominal[nominal <= most[key] + ROUNDING]
         observed = np.array([_observed(values, shown) for _, values in found.each()])
         mean = observed.mean(0)
         if len(observed) > 1:
@@ -136,5 +140,5 @@ def calibration(
 
 def _observed(values: Values, levels: np.ndarray) -> list[float]:
     """Coverage of a gene at each level."""
-    samples, truth = values.samples[:, :, None], values.truth[:, None]
+    samples, truth = values.kept_samples[:, :, None], values.known_truth[:, None]
     return [float(coverage(samples, truth, level)[0]) for level in levels]

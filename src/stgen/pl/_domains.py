@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import linear_sum_assignment
@@ -128,7 +128,7 @@ def domains(
         if section.mpp is not None:
             um_per_unit = 1.0
         if section.image is not None:
-            image = sketch(section.image, placed(0, 0, section.mpp, section.mpp), window, fine_enough(axes))
+            image = sketch(section.image, placed(0, 0, section.image.mpp, section.image.mpp), window, fine_enough(axes))
     if highlight is not None and reference is None and len(keys) > 1:
         raise ValueError(
             "groups of several results have nothing in common but their names: pass reference= with highlight=."
@@ -157,14 +157,13 @@ def domains(
         values = numbers[code[columns[key][1]]]
         panel = panel._replace(scale="category")
         draw_panel(
-            ax, picture, panel, np.ma.masked_invalid(values), {"category": Normalize(-0.5, n_colors - 0.5)},
+            ax, picture, panel, np.ma.masked_invalid(values), {"category": (-0.5, n_colors - 0.5)},
             {"category": ListedColormap(palette)}, alpha,
         )  # fmt: skip
         ax.set_title(panel.title, fontsize="medium")
         order = np.argsort(color[key])
         _legend(ax, [names[i] for i in order], [palette[color[key][i]] for i in order])
-    if um_per_unit is not None:
-        scale_bar(axes[0, 0], picture)
+    scale_bar(axes[0, 0], picture)
     return axes
 
 

@@ -73,8 +73,9 @@ def gene_scatter(
     if ax is None:
         ax = plt.subplots(figsize=(4, 4), layout="constrained")[1]
     for chosen, color, marker, name in ((better, BLUE, "o", y_name), (~better, ORANGE, "^", x_name)):
+        x, y = values[chosen].T
         ax.scatter(
-            *values[chosen].T, s=22, color=color, marker=marker, alpha=0.75, linewidths=0, zorder=2,
+            x, y, s=22, color=color, marker=marker, alpha=0.75, linewidths=0, zorder=2,
             label=f"{name} better" if name == y_name else f"{name} better or equal",
         )  # fmt: skip
     low, high = values.min(), values.max()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -75,8 +77,10 @@ def gene_variation(
     ((2, 1), 'rate', '60 genes, by true variance')
     """
     keys = [keys] if isinstance(keys, str) else list(keys)
-    options = {"truth_key": truth_key, "genes": genes, "transform": transform, "table_key": table_key}
-    compared = {key: find_compared(data, key, **options, need=("truth",)) for key in keys}
+    compare = partial(
+        find_compared, data, truth_key=truth_key, genes=genes, transform=transform, table_key=table_key, need=("truth",)
+    )
+    compared = {key: compare(key) for key in keys}
     if not compared:
         raise ValueError("`keys` is empty; name at least one result.")
     shape = (2, len(keys))
@@ -104,7 +108,7 @@ def _variances(found: Compared) -> dict[str, np.ndarray]:
     """Variance across locations of each gene, ``(G,)``: of the truth, of the prediction, and of single samples."""
     rows = []
     for _, values in found.each():
-        row = {"truth": values.truth.var(), "prediction": values.prediction.var()}
+        row = {"truth": values.known_truth.var(), "prediction": values.prediction.var()}
         if values.samples is not None:
             row["single samples"] = values.samples.var(1).mean()
         rows.append(row)
@@ -115,7 +119,7 @@ def _draw(ax: Axes, variances: dict[str, np.ndarray], relative: bool) -> None:
     truth = variances["truth"]
     at = np.arange(len(truth))
     ax.plot(at, truth, color=BLUE, lw=1.8, label="truth", zorder=2)
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         "prediction": {"color": ORANGE, "marker": "o", "linewidths": 0},
         "single samples": {"facecolors": "none", "edgecolors": GREEN, "marker": "D", "linewidths": 0.8},
     }

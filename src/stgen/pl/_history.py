@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -53,11 +55,11 @@ def history(model: Model, *, ax: Axes | None = None) -> Axes:
         raise ValueError(
             f"this {type(model).__name__} has no history of losses: it was solved at once, not trained in steps."
         )
-    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if ax is None else {}
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if ax is None else {}
     if ax is None:
         ax = plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     validation, total = losses.pop("validation", None), losses.pop("loss")
-    style = {"marker": "o" if len(steps) < 40 else None, "ms": 3}
+    style: dict[str, Any] = {"marker": "o" if len(steps) < 40 else None, "ms": 3}
     ax.plot(steps, total, color=BLUE, label="training", **style)
     parts = {name: values for name, values in losses.items() if not np.allclose(values, total)}
     for number, (name, values) in enumerate(parts.items()):

@@ -12,8 +12,8 @@ from spatialdata import SpatialData
 from stgen._spatial.grid import Grid
 from stgen.metrics import ssim_map
 from stgen.pl._map_images import _window
-from stgen.pl._panels import Column, Picture, Pixels, _color_bar, checked_axes, new_axes, scale_bar
-from stgen.tl.comparison.compared import find_compared
+from stgen.pl._panels import Column, Picture, Pixels, checked_axes, color_bar, new_axes, scale_bar
+from stgen.tl.comparison.compared import MapsCompared, known_genes
 from stgen.transforms import TransformName
 
 __all__ = ["local_ssim"]
@@ -96,9 +96,11 @@ def local_ssim(
     for key in [*keys, truth_key]:
         if key not in sdata.images:
             raise KeyError(f"there is no map {key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
-    compared = {key: find_compared(sdata, key, truth_key=truth_key, genes=genes, transform=transform) for key in keys}
-    if not compared:
+    if not keys:
         raise ValueError("`keys` is empty; name at least one predicted map.")
+    compared = {key: MapsCompared.find(sdata, key, truth_key, transform) for key in keys}
+    for key in keys:
+        known_genes(compared[key].genes, genes, key)
     axes = checked_axes(axes, (len(genes), len(keys)))
     grid = Grid.of_map(sdata, truth_key)
     system = grid.shared_system(sdata, keys[0], coordinate_system)
@@ -122,6 +124,6 @@ def local_ssim(
         column[0].set_title(key, fontsize="medium")
     for ax, gene in zip(axes[:, 0], genes, strict=True):
         ax.set_ylabel(gene, fontsize="large", fontstyle="italic")
-    _color_bar(drawn, list(axes.ravel()), "local structural similarity\n(SSIM)", "neither")
+    color_bar(drawn, list(axes.ravel()), "local structural similarity\n(SSIM)", "neither")
     scale_bar(axes[-1, 0], picture)
     return axes

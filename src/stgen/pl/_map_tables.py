@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from stgen._spatial.section import Section, get_section, get_table
 from stgen._spatial.tables import expression, predictions_of
 from stgen.metrics import pcc
 from stgen.pl._panels import Column, Discs, Picture, Scale, check_panels, checked_axes, fine_enough, placed, sketch
+from stgen.transforms import TransformName
+from stgen.transforms import TransformName
 
 __all__ = ["picture_of_table", "place_of"]
 
@@ -56,10 +58,14 @@ def picture_of_table(
         title = _title(panel, key, len(keys))
         columns.append(Column(title, SCALE_OF[panel], discs, of_gene.__getitem__, note))
     unit = entries[keys[0]]["unit"]
-    units = {"expression": unit, "spread": f"SD, {unit}", "error": f"predicted minus measured,\n{unit}"}
+    units: dict[Scale, str] = {
+        "expression": unit,
+        "spread": f"SD, {unit}",
+        "error": f"predicted minus measured,\n{unit}",
+    }
     image = None
     if section.image is not None:
-        image = sketch(section.image, placed(0, 0, section.mpp, section.mpp), window, fine_enough(axes))
+        image = sketch(section.image, placed(0, 0, section.image.mpp, section.image.mpp), window, fine_enough(axes))
     return Picture(columns, units, window, None if section.mpp is None else 1.0, image), axes
 
 
@@ -71,7 +77,7 @@ def _title(panel: str, key: str | None, n_keys: int) -> str:
     return panel if n_keys == 1 else f"{key}: {panel}"
 
 
-def _correlation(predicted: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]):
+def _correlation(predicted: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> Callable[[str], str]:
     """Writes the correlation of a gene, for below a prediction that stands beside what was measured."""
     return lambda gene: f"PCC {pcc(predicted[gene][:, None], measured[gene][:, None])[0]:.2f}"
 
@@ -142,7 +148,11 @@ def _column_of(table: AnnData, layer: str | None, gene: str) -> np.ndarray:
 
 
 def _values(
-    table: AnnData, genes: list[str], shown: list[tuple[str, str | None]], transform: str, truth_layer: str | None
+    table: AnnData,
+    genes: list[str],
+    shown: list[tuple[str, str | None]],
+    transform: TransformName,
+    truth_layer: str | None,
 ) -> dict[tuple[str, str | None], np.ndarray]:
     """What each column shows, ``(n, genes)``."""
     out = {}
@@ -151,7 +161,7 @@ def _values(
     for panel, key in shown:
         if panel == "measured":
             out[panel, key] = measured
-        elif panel != "histology":
+        elif key is not None:
             layer = f"{key}_std" if panel == "spread" else _layer(table, key)
             out[panel, key] = np.column_stack([_column_of(table, layer, gene) for gene in genes])
             if panel == "error":

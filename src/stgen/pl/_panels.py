@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.image import AxesImage
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from stgen._spatial.image import Histology
@@ -25,6 +25,7 @@ __all__ = [
     "Scale",
     "check_panels",
     "checked_axes",
+    "color_bar",
     "draw",
     "draw_panel",
     "fine_enough",
@@ -48,7 +49,7 @@ class Discs(NamedTuple):
     """Centers, ``(n, 2)``."""
     diameter: float
 
-    def draw(self, ax: Axes, values: np.ndarray, scale: Scale, **style: object) -> EllipseCollection:
+    def draw(self, ax: Axes, values: np.ndarray, scale: Scale, **style: Any) -> EllipseCollection:
         """Draw a value ``(n,)`` for each."""
         size = np.full(len(values), self.diameter)
         outline = 0.4 if scale == "error" and len(values) < 5000 else 0  # an error of zero is white
@@ -56,7 +57,8 @@ class Discs(NamedTuple):
             size, size, np.zeros(len(values)), units="xy", offsets=self.xy, offset_transform=ax.transData,
             array=values, linewidths=outline, edgecolors="0.6", rasterized=True, **style,
         )  # fmt: skip
-        return ax.add_collection(discs, autolim=False)
+        ax.add_collection(discs, autolim=False)
+        return discs
 
 
 class Pixels(NamedTuple):
@@ -65,7 +67,7 @@ class Pixels(NamedTuple):
     matrix: np.ndarray
     """From pixels to coordinates, 3 x 3 over x, y; pixel (0, 0) covers [0, 1) x [0, 1)."""
 
-    def draw(self, ax: Axes, values: np.ndarray, scale: Scale | None = None, **style: object) -> Artist:
+    def draw(self, ax: Axes, values: np.ndarray, scale: Scale | None = None, **style: Any) -> AxesImage:
         """Draw an image ``(h, w)``, NaN transparent, or ``(h, w, 3)``."""
         height, width = values.shape[:2]
         style = {"interpolation": "nearest"} | style
@@ -208,7 +210,7 @@ def draw(
     axes: np.ndarray | None,
     *,
     quantiles: tuple[float, float],
-    cmaps: Mapping[Scale, str],
+    cmaps: Mapping[Scale, str | Colormap],
     alpha: float | None,
 ) -> np.ndarray:
     """Draw every panel, ``(genes, columns)``, with one color bar for neighbors of one scale."""
@@ -217,22 +219,22 @@ def draw(
         axes = new_axes(len(genes), picture)
     for i, gene in enumerate(genes):
         values = [None if column.values is None else column.values(gene) for column in columns]
-        norms = _norms(values, columns, quantiles)
+        limits = _limits(values, columns, quantiles)
         drawn = []
         for ax, column, shown in zip(axes[i], columns, values, strict=True):
-            drawn.append(draw_panel(ax, picture, column, shown, norms, cmaps, alpha))
+            drawn.append(draw_panel(ax, picture, column, shown, limits, cmaps, alpha))
             title = [column.title if i == 0 else "", "" if column.remark is None else column.remark(gene)]
             ax.set_title("\n".join(filter(None, title)), fontsize="medium")
             if column.note is not None:
                 ax.set_xlabel(column.note(gene), fontsize="small")
         axes[i, 0].set_ylabel(gene, fontsize="large", fontstyle="italic")
-        for scale, run in groupby(range(len(columns)), key=lambda j: columns[j].scale):
-            if scale is not None:
-                run = list(run)
-                shown = [values[j] for j in run]
-                _color_bar(drawn[run[-1]], list(axes[i, run]), picture.units[scale], _extend(shown, norms[scale]))
-    if picture.um_per_unit is not None:
-        scale_bar(axes[-1, 0], picture)
+        for scale, neighbors in groupby(range(len(columns)), key=lambda j: columns[j].scale):
+            run = list(neighbors)
+            last = drawn[run[-1]]
+            if scale is not None and last is not None:
+                extend = _extend([v for v in (values[j] for j in run) if v is not None], *limits[scale])
+                color_bar(last, list(axes[i, run]), picture.units[scale], extend)
+    scale_bar(axes[-1, 0], picture)
     return axes
 
 
@@ -253,10 +255,11 @@ def draw_panel(
     picture: Picture,
     column: Column,
     values: np.ndarray | None,
-    norms: Mapping[Scale, Normalize],
-    cmaps: Mapping[Scale, str],
+    limits: Mapping[Scale, tuple[float, float]],
+    cmaps: Mapping[Scale, str | Colormap],
     alpha: float | None,
-) -> Artist | None:
+) -> EllipseCollection | AxesImage | None:
+    """Draw one panel, upon the image; return what a color bar is for, if there is any."""
     over_pixels = isinstance(column.place, Pixels)
     if picture.image is not None:
         pixels, image = picture.image
@@ -265,24 +268,25 @@ def draw_panel(
         fade = 0.4 if isinstance(column.place, Discs) else None
         pixels.draw(ax, image, alpha=fade, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
         alpha = MAP_ALPHA if alpha is None and over_pixels else alpha
-    drawn = None
-    if column.place is not None:
-        style = {"cmap": cmaps[column.scale], "norm": norms[column.scale], "alpha": alpha}
-        drawn = column.place.draw(ax, values, column.scale, **style)
+    drawn: EllipseCollection | AxesImage | None = None
+    if column.place is not None and column.scale is not None and values is not None:
+        norm = Normalize(*limits[column.scale])
+        drawn = column.place.draw(ax, values, column.scale, cmap=cmaps[column.scale], norm=norm, alpha=alpha)
     left, right, top, bottom = picture.window
     ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])  # y points down, as in images
     ax.spines[:].set(visible=over_pixels, color="0.8", linewidth=0.6)
     return drawn
 
 
-def _norms(
+def _limits(
     values: list[np.ndarray | None], columns: list[Column], quantiles: tuple[float, float]
-) -> dict[Scale, Normalize]:
+) -> dict[Scale, tuple[float, float]]:
     """Color limits of the scales of one gene, over all columns of a scale."""
-    norms = {}
-    for scale in {column.scale for column in columns} - {None}:
-        shown = [v[np.isfinite(v)] for v, column in zip(values, columns, strict=True) if column.scale == scale]
-        shown = np.concatenate([*shown, np.zeros(0 if any(map(len, shown)) else 1)])
+    limits = {}
+    drawn = [(column.scale, v) for column, v in zip(columns, values, strict=True) if v is not None]
+    for scale in {column.scale for column in columns if column.scale is not None}:
+        parts = [v[np.isfinite(v)] for of, v in drawn if of == scale]
+        shown = np.concatenate([*parts, np.zeros(0 if any(map(len, parts)) else 1)])
         if scale == "expression":
             low, high = np.quantile(shown, quantiles)
         else:
@@ -292,25 +296,28 @@ def _norms(
         if high <= low:  # nothing varies but a few rare values, or nothing at all
             high = shown.max()
             low = -high if scale == "error" else low
-        norms[scale] = Normalize(low, high if high > low else low + 1)
-    return norms
+        limits[scale] = float(low), float(high if high > low else low + 1)
+    return limits
 
 
-def _extend(shown: list[np.ndarray], norm: Normalize) -> str:
+def _extend(shown: list[np.ndarray], lowest: float, highest: float) -> str:
     """On which sides of a color bar there are values beyond it."""
-    low = min(np.nanmin(v, initial=norm.vmin) for v in shown) < norm.vmin
-    high = max(np.nanmax(v, initial=norm.vmax) for v in shown) > norm.vmax
+    low = min(np.nanmin(v, initial=lowest) for v in shown) < lowest
+    high = max(np.nanmax(v, initial=highest) for v in shown) > highest
     return {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}[low, high]
 
 
-def _color_bar(drawn: Artist, axes: list[Axes], label: str, extend: str) -> None:
+def color_bar(drawn: EllipseCollection | AxesImage, axes: list[Axes], label: str, extend: str) -> None:
+    """A color bar beside some panels; ``extend`` says where there are values beyond it."""
     bar = axes[0].figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, aspect=18, pad=0.02, extend=extend)
     bar.ax.tick_params(labelsize="small")
-    bar.ax.yaxis.label.set_size("small")
+    bar.ax.yaxis.label.set_fontsize("small")
 
 
 def scale_bar(ax: Axes, picture: Picture) -> None:
-    """A bar of a round number of µm below the panel, at most a third of its width."""
+    """A bar of a round number of µm below the panel, at most a third of its width; none where µm are not known."""
+    if picture.um_per_unit is None:
+        return
     left, right, *_ = picture.window
     third = (right - left) * picture.um_per_unit / 3 * (1 + 1e-6)  # whatever the rounding
     power = 10 ** np.floor(np.log10(third))

@@ -84,31 +84,31 @@ def samples(
     >>> len(axes), axes[0].get_xlabel()
     (1, 'EPCAM')
     """
-    pairs = [tuple(pair) for pair in pairs]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
+    if not len(pairs) or any(len(pair) != 2 for pair in pairs):
         raise ValueError('`pairs` must hold pairs of genes, at least one: [("EPCAM", "KRT8")].')
     genes = list(dict.fromkeys(gene for pair in pairs for gene in pair))
     found = find_compared(
         data, key, truth_key=truth_key, genes=genes, transform=transform, table_key=table_key, need=("samples",)
     )
     values = found.at(location)
-    if not np.isfinite(values.samples).all():
+    samples = values.kept_samples
+    if not np.isfinite(samples).all():
         raise ValueError(f"nothing was predicted at {location!r}: it is outside the tissue.")
-    points = {name: STATISTICS[name](values.samples[None])[0] for name in ("mean", "median", "mode")}
+    points = {name: STATISTICS[name](samples[None])[0] for name in ("mean", "median", "mode")}
     if values.truth is not None and np.isfinite(values.truth).all():
         points["truth"] = values.truth
     axes = _checked_axes(axes, len(pairs))
 
     for ax, (x, y) in zip(axes, pairs, strict=True):
         at = [genes.index(x), genes.index(y)]
-        ax.scatter(*values.samples[:, at].T, s=16, color=SKY, alpha=0.6, linewidths=0, label="samples", zorder=1)
+        ax.scatter(*samples[:, at].T, s=16, color=SKY, alpha=0.6, linewidths=0, label="samples", zorder=1)
         for name, value in points.items():
             ax.scatter(*value[at], s=70, edgecolors="white", linewidths=0.8, label=name, zorder=3, **STYLES[name])
         ax.set_xlabel(x, fontstyle="italic")
         ax.set_ylabel(y, fontstyle="italic")
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    axes[0].set_title(f"{len(values.samples)} samples at {location}\n{found.unit}", fontsize="medium", loc="left")
+    axes[0].set_title(f"{len(samples)} samples at {location}\n{found.unit}", fontsize="medium", loc="left")
     return axes
 
 

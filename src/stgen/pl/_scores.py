@@ -87,8 +87,10 @@ def scores(
             f"{values.mean():.3f}", (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
             textcoords="offset points", va="center", fontsize="small",
         )  # fmt: skip
-    above = {"xytext": (6, 2), "textcoords": "offset points", "va": "bottom", "fontsize": "small"}
-    ax.annotate("average", (1, 1), xycoords="axes fraction", **above)
+    ax.annotate(
+        "average", (1, 1), xycoords="axes fraction", xytext=(6, 2), textcoords="offset points", va="bottom",
+        fontsize="small",
+    )  # fmt: skip
     ax.use_sticky_edges = False  # room beside boxes that touch the limit
     ax.set_yticks(range(len(columns)), list(columns))
     ax.set_ylim(len(columns) - 0.5, -0.5)

@@ -18,7 +18,7 @@ from stgen._spatial.tables import expression
 from stgen.tl.evaluation.maps import _correlation, _Maps, _Scale
 from stgen.transforms import TransformName, transform_counts, unit
 
-__all__ = ["Compared", "Values", "find_compared"]
+__all__ = ["Compared", "MapsCompared", "TableCompared", "Values", "find_compared", "known_genes"]
 
 
 class Values(NamedTuple):
@@ -30,6 +30,20 @@ class Values(NamedTuple):
     """Shape ``(n,)``; None where no truth was named."""
     samples: np.ndarray | None
     """Shape ``(S, n)``; None where none were kept."""
+
+    @property
+    def known_truth(self) -> np.ndarray:
+        """The truth, where :func:`find_compared` was told to ``need`` it."""
+        if self.truth is None:
+            raise ValueError("no truth was named.")
+        return self.truth
+
+    @property
+    def kept_samples(self) -> np.ndarray:
+        """The samples, where :func:`find_compared` was told to ``need`` them."""
+        if self.samples is None:
+            raise ValueError("no samples were kept.")
+        return self.samples
 
 
 def find_compared(
@@ -71,10 +85,11 @@ def find_compared(
         If maps are on different grids, counts are no counts, or the transform does not fit.
     """
     is_map = isinstance(data, SpatialData) and table_key is None and key in data.images
+    found: Compared
     if is_map:
-        found = _MapsCompared.find(data, key, truth_key, transform or "log1p_raw")
+        found = MapsCompared.find(data, key, truth_key, transform or "log1p_raw")
     else:
-        found = _TableCompared.find(get_table(data, table_key=table_key), key, truth_key, transform)
+        found = TableCompared.find(get_table(data, table_key=table_key), key, truth_key, transform)
     kind, function = ("map", "superresolve") if is_map else ("layer", "predict_expression")
     if "truth" in need and not found.has_truth:
         raise KeyError(f"no truth to compare {key!r} with was named: pass truth_key=<{kind} of true counts>.")
@@ -83,23 +98,26 @@ def find_compared(
             f"no samples of {key!r} were kept; stgen.tl.{function}(..., keep_samples=True) keeps those of models that "
             "sample."
         )
-    if genes is None:
-        return found
+    return found if genes is None else replace(found, genes=known_genes(found.genes, genes, key))
+
+
+def known_genes(there: list[str], genes: str | Sequence[str], key: str) -> list[str]:
+    """The genes, each once, if all of them are there."""
     genes = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    missing = [gene for gene in genes if gene not in found.genes]
+    missing = [gene for gene in genes if gene not in there]
     if missing or not genes:
         raise KeyError(
             f"{len(missing)} of {len(genes)} genes are not in {key!r} (and its truth): {', '.join(missing[:5]) or 'none named'}"
-            f"; found {', '.join(found.genes[:5])}{', ...' if len(found.genes) > 5 else ''} ({len(found.genes)} in all)."
+            f"; found {', '.join(there[:5])}{', ...' if len(there) > 5 else ''} ({len(there)} in all)."
         )
-    return replace(found, genes=genes)
+    return genes
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _TableCompared:
+class TableCompared:
     """Layers of a table; a location is a row."""
 
     table: AnnData
@@ -111,7 +129,7 @@ class _TableCompared:
     """Whether the prediction is one of ``tl.predict_expression``, which is on the scale already."""
 
     @classmethod
-    def find(cls, table: AnnData, key: str, truth_key: str | None, transform: TransformName | None) -> _TableCompared:
+    def find(cls, table: AnnData, key: str, truth_key: str | None, transform: TransformName | None) -> TableCompared:
         """Layers of a table, all of their genes."""
         entry = table.uns.get("stgen", {}).get(key, {})
         is_result = entry.get("function") == "tl.predict_expression"
@@ -134,14 +152,17 @@ class _TableCompared:
 
     @property
     def has_truth(self) -> bool:
+        """Whether a truth was named."""
         return self.truth_key is not None
 
     @property
     def unit(self) -> str:
+        """Unit of all values, in words."""
         return unit(self.transform)
 
     @property
     def n_samples(self) -> int:
+        """How many samples were kept."""
         return self.table.obsm[f"{self.key}_samples"].shape[1] if f"{self.key}_samples" in self.table.obsm else 0
 
     def all(self) -> Values:
@@ -152,7 +173,7 @@ class _TableCompared:
             prediction = np.asarray(stored)[:, columns].astype(np.float64)
         else:
             prediction = self._counts(self.key)
-        truth = self._counts(self.truth_key) if self.has_truth else None
+        truth = None if self.truth_key is None else self._counts(self.truth_key)
         return Values(prediction, truth, self._samples() if self.n_samples else None)
 
     def each(self) -> Iterator[tuple[str, Values]]:
@@ -168,19 +189,18 @@ class _TableCompared:
                 ),
             )
 
-    def at(self, location: str | int) -> Values:
+    def at(self, location: str | int | tuple[int, int]) -> Values:
         """The values of all genes at a row, given by its name or number: ``(G,)``, samples ``(S, G)``."""
-        if isinstance(location, str):
-            if location not in self.table.obs_names:
-                raise KeyError(f"there is no row {location!r}; rows are {', '.join(self.table.obs_names[:3])}, ...")
-            location = self.table.obs_names.get_loc(location)
-        if not -self.table.n_obs <= location < self.table.n_obs:
-            raise KeyError(f"there is no row {location}; the table has {self.table.n_obs}.")
+        if isinstance(location, tuple):
+            raise KeyError(f"there is no row {location}; rows have a name, or a number.")
+        if isinstance(location, str) and location not in self.table.obs_names:
+            raise KeyError(f"there is no row {location!r}; rows are {', '.join(self.table.obs_names[:3])}, ...")
+        row = self.table.obs_names.get_loc(location) if isinstance(location, str) else location
+        if not -self.table.n_obs <= row < self.table.n_obs:
+            raise KeyError(f"there is no row {row}; the table has {self.table.n_obs}.")
         prediction, truth, samples = self.all()
         return Values(
-            prediction[location],
-            None if truth is None else truth[location],
-            None if samples is None else samples[:, location],
+            prediction[row], None if truth is None else truth[row], None if samples is None else samples[:, row]
         )
 
     def correlations(self) -> tuple[list[np.ndarray], np.ndarray | None]:
@@ -207,7 +227,7 @@ class _TableCompared:
 
 
 @dataclass(frozen=True)
-class _MapsCompared:
+class MapsCompared:
     """Maps on one grid; a location is a bin that is known in both, and a gene is read when it is asked for."""
 
     maps: _Maps
@@ -216,7 +236,7 @@ class _MapsCompared:
     scale: _Scale
 
     @classmethod
-    def find(cls, sdata: SpatialData, key: str, truth_key: str | None, transform: TransformName) -> _MapsCompared:
+    def find(cls, sdata: SpatialData, key: str, truth_key: str | None, transform: TransformName) -> MapsCompared:
         """Maps and all genes that they share."""
         if truth_key is not None and truth_key not in sdata.images:
             raise KeyError(f"there is no map {truth_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
@@ -225,10 +245,12 @@ class _MapsCompared:
 
     @property
     def unit(self) -> str:
+        """Unit of all values, in words."""
         return unit(self.scale.transform)
 
     @property
     def n_samples(self) -> int:
+        """How many samples were kept."""
         return self.maps.n_samples
 
     def each(self) -> Iterator[tuple[str, Values]]:
@@ -247,8 +269,10 @@ class _MapsCompared:
                 ),
             )
 
-    def at(self, location: tuple[int, int]) -> Values:
+    def at(self, location: str | int | tuple[int, int]) -> Values:
         """The values of all genes in a bin, given by its row and column: ``(G,)``, samples ``(S, G)``."""
+        if isinstance(location, str | int):
+            raise KeyError(f"there is no bin {location!r}; bins are given by row and column, such as (0, 0).")
         height, width = get_map(self.maps.sdata, self.maps.key).shape[1:]
         y, x = location
         if not (0 <= y < height and 0 <= x < width):
@@ -270,10 +294,10 @@ class _MapsCompared:
 
         Over the bins where every gene is known, gathered by windows.
         """
-        known = True
+        known = np.ones(get_map(self.maps.sdata, self.maps.key).shape[1:], bool)
         for gene in self.genes:
             prediction, truth, _ = replace(self.maps, n_samples=0).read(gene, self.scale)
-            known = known & np.isfinite(prediction) & np.isfinite(truth)
+            known &= np.isfinite(prediction) & np.isfinite(truth)
         if known.sum() < 2:
             raise ValueError(
                 f"there are no two bins in which all {len(self.genes)} genes are known; name fewer genes=."
@@ -281,8 +305,8 @@ class _MapsCompared:
         drawn = [_correlation(stack, self.genes, known, self.scale) for stack in self.maps.single(self.genes)]
         if not self.has_truth:
             return drawn, None
-        truth = get_map(self.maps.sdata, self.maps.truth_key, self.genes)
-        return drawn, _correlation(truth, self.genes, known, self.scale)
+        true = get_map(self.maps.sdata, self.maps.truth_key, self.genes)
+        return drawn, _correlation(true, self.genes, known, self.scale)
 
 
-Compared = _TableCompared | _MapsCompared
+Compared = TableCompared | MapsCompared

@@ -27,7 +27,8 @@ def own_tables(
     data: Mapping[str, Data], names: Sequence[str], embedding_key: str | None, table_key: str | None, layer: str | None
 ) -> tuple[str, dict[str, AnnData]]:
     """The key of the embedding, and tables of our own with counts, coordinates and the embedding."""
-    tables, first = {}, None
+    tables: dict[str, AnnData] = {}
+    first: dict[str, Any] = {}
     for name in names:
         with named(f"section {name!r}"):
             table = get_table(data[name], table_key=table_key)
@@ -55,7 +56,7 @@ def own_tables(
             obsm=embeddings | {"spatial": xy},
             uns={"stgen": record},
         )
-    return embedding_key, tables
+    return first["key"], tables
 
 
 def _embedding_keys(table: AnnData, key: str) -> list[str]:
@@ -89,7 +90,7 @@ def hashes(table: AnnData, key: str) -> dict[str, Any]:
     for name, arrays in parts.items():
         digest = hashlib.sha256()
         for array in arrays:
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         hashes[name] = digest.hexdigest()
     return {"n_locations": table.n_obs, "n_genes": table.n_vars, **hashes}
 
