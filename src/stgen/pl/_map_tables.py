@@ -15,7 +15,6 @@ from stgen._spatial.tables import expression, predictions_of
 from stgen.metrics import pcc
 from stgen.pl._panels import Column, Discs, Picture, Scale, check_panels, checked_axes, fine_enough, placed, sketch
 from stgen.transforms import TransformName
-from stgen.transforms import TransformName
 
 __all__ = ["picture_of_table", "place_of"]
 

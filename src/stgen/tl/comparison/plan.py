@@ -13,8 +13,8 @@ import numpy as np
 from stgen import models as families
 from stgen import train as training
 from stgen.models import Model
-from stgen.models._base import SteppedModel
 from stgen.tl.fitting.fit import Data
+from stgen.train import Trainable
 from stgen.transforms import TransformName, unit
 
 __all__ = ["PLAN", "check_sections", "construct", "is_random", "is_stepped", "make_plan", "specs_of"]
@@ -168,7 +168,7 @@ def is_random(spec: Mapping[str, Any]) -> bool:
 
 def is_stepped(cls: type[Model]) -> bool:
     """Whether a model is trained in steps, with a checkpoint and a progress bar."""
-    return issubclass(cls, SteppedModel)
+    return issubclass(cls, Trainable)
 
 
 def construct(label: str, content: Mapping[str, Any], embedding_dim: int) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from anndata import AnnData
@@ -23,7 +23,7 @@ __all__ = ["Source", "check_training", "fit", "fit_in_place", "gather", "hold_ou
 
 logger = logging.getLogger("stgen")
 
-Data = SpatialData | AnnData
+Data: TypeAlias = SpatialData | AnnData
 
 
 def fit(
