@@ -283,11 +283,11 @@ def simple_maps(sdata: sd.SpatialData, grid: Grid, spots: object, low: int, high
     center, spread = places.features.mean(0), places.features.std(0).clip(1e-9)
     x = np.clip((places.features - center) / spread, -4, 4)
     rows, columns = np.mgrid[low:high, : grid.width] + 0.5
-    xy = np.column_stack([columns.ravel(), rows.ravel()]) / spots.pitch
+    xy = np.column_stack([columns.ravel(), rows.ravel()]) / spots.footprints.pitch
     out = {
         name: np.zeros((y.shape[1], high - low, grid.width)) for name in ("kriging", "linear probe", "probe + kriging")
     }
-    seen = spots.centers[:, ::-1] / spots.pitch
+    seen = spots.footprints.centers[:, ::-1] / spots.footprints.pitch
     for start in range(0, len(xy), 20_000):
         part = slice(start, start + 20_000)
         bins = features[:, low:high].reshape(len(features), -1).T[part]
@@ -297,7 +297,7 @@ def simple_maps(sdata: sd.SpatialData, grid: Grid, spots: object, low: int, high
             ("linear probe", probe),
             ("probe + kriging", probe_and_process),
         ):
-            counts = np.expm1(method(seen, y, xy[part], x, bins)) / spots.area.mean()
+            counts = np.expm1(method(seen, y, xy[part], x, bins)) / spots.footprints.area.mean()
             out[name].reshape(len(out[name]), -1)[:, part] = counts.T
     return out
 

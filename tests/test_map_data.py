@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from stgen.data import MapData, MapSection, StepSampler, dihedral, low_resolution_input
+from stgen.data import MapData, MapInputs, StepSampler, dihedral, low_resolution_input
 from stgen.measurement import Measurement
 
 FACTOR, PX = 4, 2
@@ -31,7 +33,7 @@ def section(height=24, width=32, n_genes=2, seed=0, unknown=None):
         x = np.clip(np.arange(x0 * PX, (x0 + width) * PX), 0, pixels.shape[2] - 1)
         return pixels[:, y[:, None], x]
 
-    return MapSection(counts, image, Measurement.from_map(low, FACTOR), np.isfinite(counts[0]))
+    return MapInputs(np.isfinite(counts[0]), image=image, measurement=Measurement.from_map(low, FACTOR), truth=counts)
 
 
 def blocks(x, side=FACTOR):
@@ -71,7 +73,7 @@ def test_shapes_and_scale():
     assert {value.dtype for name, value in item.items() if name != "index"} == {torch.float32}
     number, y, x = data.corners[-1]
     assert number == 1
-    np.testing.assert_allclose(item["x"], np.log2(sections[1].counts[:, y : y + 16, x : x + 16] + 1), rtol=1e-6)
+    np.testing.assert_allclose(item["x"], np.log2(sections[1].truth[:, y : y + 16, x : x + 16] + 1), rtol=1e-6)
     low = low_resolution_input(sections[1].measurement, y, x, 16, 16, "log2p1_raw")
     assert torch.equal(low["y"], item["y"])
     assert torch.equal(low["valid"], item["valid"])
@@ -132,7 +134,7 @@ def test_section_smaller_than_a_tile_is_padded():
     assert (item["tissue"][:, :12] == 1).all()
     assert (item["tissue"][:, 12:] == 0).all()
     assert (item["x"][:, 12:] == 0).all()
-    np.testing.assert_allclose(item["x"][:, :12], np.log1p(part.counts), rtol=1e-6)
+    np.testing.assert_allclose(item["x"][:, :12], np.log1p(part.truth), rtol=1e-6)
     turned = data[0, 1]
     assert (turned["tissue"][:, :, 12:] == 0).all()
     assert turned["tissue"].sum() == 12 * 16
@@ -145,7 +147,7 @@ def test_too_little_of_a_tile():
 
 def test_unknown_bins_are_masked_out():
     part = section(unknown=(slice(4, 9), slice(2, 5)))
-    part.counts[1, 12, 12] = np.nan  # one gene is enough
+    part.truth[1, 12, 12] = np.nan  # one gene is enough
     item = MapData([part], tile=16)[0]
     masked = item["tissue"][0] == 0
     assert masked[4:9, 2:5].all()
@@ -166,7 +168,7 @@ def test_held_out_bins_are_masked_out():
 
 def test_section_without_low_resolution_data():
     part = section()
-    without = MapSection(part.counts, part.image, None, part.tissue)
+    without = MapInputs(part.tissue, image=part.image, truth=part.truth)
     data = MapData([part, without], tile=16, stride=8)
     n = len(data) // 2
     one, two = data[1, 3], data[n + 1, 3]
@@ -183,7 +185,9 @@ def test_section_without_low_resolution_data():
 
 def test_lazy_maps_give_the_same():
     part = section(unknown=(slice(4, 9), slice(2, 5)))
-    lazy = MapSection(da.from_array(part.counts, chunks=(1, 8, 8)), part.image, part.measurement, part.tissue)
+    lazy = MapInputs(
+        part.tissue, image=part.image, measurement=part.measurement, truth=da.from_array(part.truth, chunks=(1, 8, 8))
+    )
     for name, value in MapData([lazy], tile=16)[3, 5].items():
         assert torch.equal(value, MapData([part], tile=16)[3, 5][name])
 
@@ -220,10 +224,9 @@ def test_fingerprint_tells_data_apart():
 
     first = of(section())
     assert first == of(section())
-    other = section()
-    other.measurement = other.measurement.with_counts(other.measurement.counts + 1)
-    bright = section()
-    bright.image = lambda *window: section().image(*window) + 1
+    plain = section()
+    other = replace(plain, measurement=plain.measurement.with_counts(plain.measurement.counts + 1))
+    bright = replace(plain, image=lambda *window: plain.image(*window) + 1)
     masked = section(unknown=(0, slice(0, 3)))
     different = [
         of(section(seed=1)),

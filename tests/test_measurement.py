@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from shapely import Point, box
 
 from stgen.data import dihedral
-from stgen.measurement import MOST_SCALED, Consistency, Measurement
+from stgen.measurement import MOST_SCALED, Consistency, Footprints, Measurement
 
 KERNELS = ["gaussian", "nearest", "linear", "cubic"]
 
@@ -29,7 +31,7 @@ def discs(centers, diameter, counts=None, seed=0):
     if counts is None:
         counts = np.random.default_rng(seed).gamma(0.7, 20.0, (len(centers), 2))
     area = np.full(len(centers), np.pi * diameter**2 / 4)
-    return Measurement(np.asarray(counts, np.float32), centers, diameter, "disc", area)
+    return Measurement(Footprints(centers, diameter, "disc", area), np.asarray(counts, np.float32))
 
 
 # ---- footprints -----------------------------------------------------------------------------------------------------
@@ -40,8 +42,8 @@ def test_coverage_is_the_area_of_the_intersection(shape):
     rng = np.random.default_rng(1)
     diameter = 3.7
     centers = rng.uniform(diameter, 12 - diameter, (6, 2))
-    measurement = Measurement(np.zeros((6, 1)), centers, diameter, shape, np.ones(6))
-    rows, covered = measurement.coverage(0, 0, 12, 12)
+    measurement = Measurement(Footprints(centers, diameter, shape, np.ones(6)), np.zeros((6, 1)))
+    rows, covered = measurement.footprints.coverage(0, 0, 12, 12)
     assert rows.tolist() == list(range(6))
     for (y, x), share in zip(centers, covered.toarray().reshape(6, 12, 12), strict=True):
         whole = Point(x, y).buffer(diameter / 2, quad_segs=64)
@@ -54,7 +56,7 @@ def test_coverage_is_the_area_of_the_intersection(shape):
 @pytest.mark.parametrize("diameter", [2.0, 3.3, 5.5, 11.0])
 def test_area_of_a_disc(diameter):
     centers = np.random.default_rng(0).uniform(diameter, 30 - diameter, (20, 2))
-    _, covered = discs(centers, diameter).coverage(0, 0, 30, 30)
+    _, covered = discs(centers, diameter).footprints.coverage(0, 0, 30, 30)
     area = covered.sum(1)
     assert area.mean() == pytest.approx(np.pi * diameter**2 / 4, rel=0.01)
     np.testing.assert_allclose(area, np.pi * diameter**2 / 4, rtol=0.01 + 0.1 / diameter**2)
@@ -62,26 +64,28 @@ def test_area_of_a_disc(diameter):
 
 def test_area_of_a_square_is_exact_wherever_it_lies():
     centers = np.random.default_rng(0).uniform(3, 17, (20, 2))
-    _, covered = Measurement(np.zeros((20, 1)), centers, 4.6, "square", np.ones(20)).coverage(0, 0, 20, 20)
+    _, covered = Measurement(Footprints(centers, 4.6, "square", np.ones(20)), np.zeros((20, 1))).footprints.coverage(
+        0, 0, 20, 20
+    )
     np.testing.assert_allclose(covered.sum(1), 4.6**2, rtol=1e-5)
 
 
 def test_coverage_is_of_footprints_wholly_inside():
     measurement = Measurement.from_map(low_map(4, 6), factor=3)
-    rows, covered = measurement.coverage(3, 2, 7, 11)  # of the low bins, rows 1 and 2 and columns 1 to 3
+    rows, covered = measurement.footprints.coverage(3, 2, 7, 11)  # of the low bins, rows 1 and 2 and columns 1 to 3
     assert rows.tolist() == [7, 8, 9, 13, 14, 15]
     assert covered.shape == (6, 77)
     np.testing.assert_array_equal(covered.sum(1), 9)
     assert set(covered.data) == {1.0}
-    rows, covered = measurement.coverage(0, 0, 2, 2)
+    rows, covered = measurement.footprints.coverage(0, 0, 2, 2)
     assert (len(rows), covered.shape) == (0, (0, 4))
 
 
 @pytest.mark.parametrize("shape", ["square", "disc"])
 def test_coverage_moves_with_the_window(shape):
-    measurement = Measurement(np.zeros((1, 1)), np.array([[8.3, 9.6]]), 4.4, shape, np.ones(1))
-    whole = measurement.coverage(0, 0, 16, 16)[1].toarray().reshape(16, 16)
-    part = measurement.coverage(-2, 5, 14, 9)[1].toarray().reshape(14, 9)
+    measurement = Measurement(Footprints(np.array([[8.3, 9.6]]), 4.4, shape, np.ones(1)), np.zeros((1, 1)))
+    whole = measurement.footprints.coverage(0, 0, 16, 16)[1].toarray().reshape(16, 16)
+    part = measurement.footprints.coverage(-2, 5, 14, 9)[1].toarray().reshape(14, 9)
     np.testing.assert_array_equal(part[2:], whole[:12, 5:14])
     np.testing.assert_array_equal(part[:2], 0)
 
@@ -89,26 +93,26 @@ def test_coverage_moves_with_the_window(shape):
 @pytest.mark.parametrize("shape", ["square", "disc"])
 def test_many_footprints_are_taken_some_at_a_time(shape, monkeypatch):
     centers = np.random.default_rng(0).uniform(3, 27, (20, 2))
-    measurement = Measurement(np.zeros((20, 1)), centers, 4.5, shape, np.ones(20))
-    rows, covered = measurement.coverage(0, 0, 30, 30)
+    measurement = Measurement(Footprints(centers, 4.5, shape, np.ones(20)), np.zeros((20, 1)))
+    rows, covered = measurement.footprints.coverage(0, 0, 30, 30)
     monkeypatch.setattr("stgen.measurement.AT_A_TIME", 7)
-    np.testing.assert_array_equal(measurement.coverage(0, 0, 30, 30)[0], rows)
-    np.testing.assert_array_equal(measurement.coverage(0, 0, 30, 30)[1].toarray(), covered.toarray())
+    np.testing.assert_array_equal(measurement.footprints.coverage(0, 0, 30, 30)[0], rows)
+    np.testing.assert_array_equal(measurement.footprints.coverage(0, 0, 30, 30)[1].toarray(), covered.toarray())
 
 
 def test_pooling_sums_the_covered_shares():
-    measurement = Measurement(np.zeros((1, 2)), np.array([[2.0, 3.5]]), 3.0, "square", np.ones(1))
+    measurement = Measurement(Footprints(np.array([[2.0, 3.5]]), 3.0, "square", np.ones(1)), np.zeros((1, 2)))
     counts = np.random.default_rng(0).poisson(4.0, (2, 6, 7)).astype(float)
     rows, columns = np.array([0.5, 1, 1, 0.5, 0, 0]), np.array([0, 0, 1, 1, 1, 0, 0])
     expected = (counts * rows[:, None] * columns).sum((1, 2))
-    np.testing.assert_allclose(measurement.pool(counts), expected[None], rtol=1e-6)
+    np.testing.assert_allclose(measurement.footprints.pool(counts), expected[None], rtol=1e-6)
     counts[:, 2, 3] = np.nan  # nothing is known there
-    np.testing.assert_allclose(measurement.pool(counts), measurement.pool(np.nan_to_num(counts)))
+    np.testing.assert_allclose(measurement.footprints.pool(counts), measurement.footprints.pool(np.nan_to_num(counts)))
 
 
 def test_pooling_beyond_the_map_finds_nothing():
     measurement = Measurement.from_map(low_map(3, 3), factor=4)
-    pooled = measurement.pool(np.ones((2, 10, 7))).reshape(3, 3, 2)
+    pooled = measurement.footprints.pool(np.ones((2, 10, 7))).reshape(3, 3, 2)
     expected = np.array([4, 4, 2])[:, None] * np.array([4, 3, 0])
     np.testing.assert_allclose(pooled, expected[..., None] * np.ones(2))
 
@@ -116,7 +120,7 @@ def test_pooling_beyond_the_map_finds_nothing():
 def test_squares_that_tile_the_plane_keep_every_count():
     counts = np.random.default_rng(0).poisson(1.0, (3, 12, 20))
     measurement = Measurement.from_map(np.zeros((3, 3, 5)), factor=4)
-    assert measurement.pool(counts).sum(0).tolist() == counts.sum((1, 2)).tolist()
+    assert measurement.footprints.pool(counts).sum(0).tolist() == counts.sum((1, 2)).tolist()
 
 
 def test_from_map_leaves_out_what_was_not_measured():
@@ -124,16 +128,21 @@ def test_from_map_leaves_out_what_was_not_measured():
     low[1, 0, 2] = np.nan  # one gene is enough
     area = np.array([[16, 16, 16], [8, 0, 12]])
     measurement = Measurement.from_map(low, 4, area)
-    assert measurement.centers.tolist() == [[2, 2], [2, 6], [6, 2], [6, 10]]
-    assert measurement.area.tolist() == [16, 16, 8, 12]
+    assert measurement.footprints.centers.tolist() == [[2, 2], [2, 6], [6, 2], [6, 10]]
+    assert measurement.footprints.area.tolist() == [16, 16, 8, 12]
     np.testing.assert_array_equal(measurement.counts, low[:, [0, 0, 1, 1], [0, 1, 0, 2]].T)
     np.testing.assert_allclose(measurement.density[2], low[:, 1, 0] / 8)
-    assert (len(measurement), measurement.pitch, measurement.diameter, measurement.shape) == (4, 4.0, 4.0, "square")
+    assert (
+        len(measurement),
+        measurement.footprints.pitch,
+        measurement.footprints.diameter,
+        measurement.footprints.shape,
+    ) == (4, 4.0, 4.0, "square")
 
 
 def test_pitch_of_spots():
-    assert discs(hexagon(10.0, 60, 60), 5.5).pitch == pytest.approx(10)
-    assert discs([[5, 5]], 5.5).pitch == 5.5  # one spot alone
+    assert discs(hexagon(10.0, 60, 60), 5.5).footprints.pitch == pytest.approx(10)
+    assert discs([[5, 5]], 5.5).footprints.pitch == 5.5  # one spot alone
 
 
 def test_same_footprints_other_counts():
@@ -141,14 +150,14 @@ def test_same_footprints_other_counts():
     other = measurement.with_counts(measurement.counts[:, :1] + 1)
     assert other.counts.shape == (len(measurement), 1)
     np.testing.assert_array_equal(
-        other.coverage(0, 0, 40, 40)[1].toarray(), measurement.coverage(0, 0, 40, 40)[1].toarray()
+        other.footprints.coverage(0, 0, 40, 40)[1].toarray(), measurement.footprints.coverage(0, 0, 40, 40)[1].toarray()
     )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"counts": np.zeros(3)}, r"do not fit together: found \(3,\), \(3, 2\), \(3,\)"),
+        ({"counts": np.zeros(3)}, r"do not fit together: found shape \(3,\)"),
         ({"centers": np.zeros((2, 2))}, "do not fit together"),
         ({"area": np.ones((3, 1))}, "do not fit together"),
         ({"counts": np.array([[1.0], [-1.0], [0.0]])}, "finite and not negative"),
@@ -157,9 +166,9 @@ def test_same_footprints_other_counts():
     ],
 )
 def test_refused(changes, message):
-    content = {"counts": np.zeros((3, 1)), "centers": np.zeros((3, 2)), "area": np.ones(3)}
+    content = {"counts": np.zeros((3, 1)), "centers": np.zeros((3, 2)), "area": np.ones(3), **changes}
     with pytest.raises(ValueError, match=message):
-        Measurement(**{**content, **changes}, diameter=2.0, shape="disc")
+        Measurement(Footprints(content["centers"], 2.0, "disc", content["area"]), content["counts"])
 
 
 # ---- interpolation --------------------------------------------------------------------------------------------------
@@ -171,7 +180,7 @@ def test_nearest_interpolation_then_pooling_is_the_identity(factor):
     low[:, 1, 2] = np.nan
     measurement = Measurement.from_map(low, factor)
     fine, _ = measurement.interpolate(0, 0, 4 * factor, 6 * factor, "nearest")
-    np.testing.assert_allclose(measurement.pool(fine), measurement.counts, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(measurement.footprints.pool(fine), measurement.counts, rtol=1e-5, atol=1e-6)
 
 
 def test_and_so_it_is_where_the_section_ends_inside_a_bin():
@@ -179,7 +188,7 @@ def test_and_so_it_is_where_the_section_ends_inside_a_bin():
     area = np.array([4, 4, 2])[:, None] * np.array([4, 3, 0])
     measurement = Measurement.from_map(low, 4, area)
     fine, _ = measurement.interpolate(0, 0, height, width, "nearest")
-    np.testing.assert_allclose(measurement.pool(fine), measurement.counts, rtol=1e-5)
+    np.testing.assert_allclose(measurement.footprints.pool(fine), measurement.counts, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [2, 5])
@@ -199,7 +208,7 @@ def test_a_constant_is_reproduced(kernel):
     assert (valid[0, 2:] == 1).all()
     np.testing.assert_allclose(fine[0, 2:], 3, rtol=1e-5)
     spots = discs(hexagon(8.0, 40, 40), 5.5)
-    spots = spots.with_counts(3 * spots.area[:, None])
+    spots = spots.with_counts(3 * spots.footprints.area[:, None])
     fine, valid = spots.interpolate(5, 5, 30, 30, kernel)
     reached = fine > 0 if kernel == "nearest" else valid == 1  # squares around hexagonal spots leave gaps
     assert reached.mean() > 0.8
@@ -240,13 +249,12 @@ def test_windows_that_overlap_agree(kernel, spots):
 
 def turned(measurement, side, view):
     """The footprints after :func:`stgen.data.dihedral` of a square section."""
-    y, x = measurement.centers.T
+    y, x = measurement.footprints.centers.T
     x = side - x if view >= 4 else x
     for _ in range(view % 4):
         y, x = side - x, y
-    return Measurement(
-        measurement.counts, np.column_stack([y, x]), measurement.diameter, measurement.shape, measurement.area
-    )
+    footprints = dataclasses.replace(measurement.footprints, centers=np.column_stack([y, x]))
+    return Measurement(footprints, measurement.counts)
 
 
 @pytest.mark.parametrize("view", range(8))
@@ -258,8 +266,8 @@ def test_turns_and_mirrors_with_the_data(view, spots):
     if not spots:
         low = dihedral(torch.as_tensor(low_map(5, 5)), view).numpy()
         again = Measurement.from_map(low, 6)
-        order = np.lexsort(other.centers.T[::-1])
-        np.testing.assert_allclose(other.centers[order], again.centers)
+        order = np.lexsort(other.footprints.centers.T[::-1])
+        np.testing.assert_allclose(other.footprints.centers[order], again.footprints.centers)
         np.testing.assert_array_equal(other.counts[order], again.counts)
     for kernel in KERNELS:
         for a, b in zip(
@@ -274,7 +282,9 @@ def test_nothing_is_known_far_from_every_footprint():
     assert (valid[0, :, 30:] == 0).all()
     assert (fine[:, valid[0] == 0] == 0).all()
     assert (fine[:, valid[0] == 1] > 0).all()
-    for values in Measurement(np.zeros((0, 2)), np.zeros((0, 2)), 5.5, "disc", np.zeros(0)).interpolate(0, 0, 4, 4):
+    for values in Measurement(Footprints(np.zeros((0, 2)), 5.5, "disc", np.zeros(0)), np.zeros((0, 2))).interpolate(
+        0, 0, 4, 4
+    ):
         assert (values == 0).all()
 
 
@@ -303,13 +313,15 @@ def measured(kind, seed=9):
     """What the footprints of that kind would measure of some map."""
     measurement = PLACES[kind]()
     truth = np.random.default_rng(seed).gamma(0.5, 1.5, (2, SIDE, SIDE))
-    measurement = measurement.with_counts(measurement.pool(truth))
-    assert len(measurement.coverage(0, 0, SIDE, SIDE)[0]) == len(measurement) > 3  # none is cut by the window
+    measurement = measurement.with_counts(measurement.footprints.pool(truth))
+    assert (
+        len(measurement.footprints.coverage(0, 0, SIDE, SIDE)[0]) == len(measurement) > 3
+    )  # none is cut by the window
     return measurement
 
 
 def pooled(measurement, counts):
-    return np.stack([measurement.pool(sample.numpy()) for sample in counts])
+    return np.stack([measurement.footprints.pool(sample.numpy()) for sample in counts])
 
 
 @pytest.mark.parametrize("kind", PLACES)
@@ -333,7 +345,7 @@ def test_a_map_that_agrees_is_left_as_it_is(kind):
 @pytest.mark.parametrize("kind", PLACES)
 def test_bins_in_no_footprint_are_left_as_they_are(kind):
     measurement = measured(kind)
-    outside = measurement.coverage(0, 0, SIDE, SIDE)[1].sum(0).reshape(SIDE, SIDE) == 0
+    outside = measurement.footprints.coverage(0, 0, SIDE, SIDE)[1].sum(0).reshape(SIDE, SIDE) == 0
     assert outside.any() == (kind != "squares")
     counts = prediction()
     x = Consistency(measurement, 0, 0, SIDE, SIDE)(counts)
@@ -361,7 +373,10 @@ def test_samples_and_genes_do_not_see_each_other(kind):
 
 def test_counts_of_any_precision():
     measurement = measured("discs")
-    double = Measurement(measurement.counts.astype(float), measurement.centers, 5.5, "disc", measurement.area)
+    double = Measurement(
+        Footprints(measurement.footprints.centers, 5.5, "disc", measurement.footprints.area),
+        measurement.counts.astype(float),
+    )
     x = Consistency(double, 0, 0, SIDE, SIDE)(prediction())
     assert torch.equal(x, Consistency(measurement, 0, 0, SIDE, SIDE)(prediction()))
     assert x.dtype == torch.float32
@@ -390,7 +405,7 @@ def test_footprint_without_a_prediction_is_filled_evenly(kind):
     measurement = measured(kind)
     x = Consistency(measurement, 0, 0, SIDE, SIDE)(torch.zeros(1, 2, SIDE, SIDE))
     np.testing.assert_allclose(pooled(measurement, x)[0], measurement.counts, rtol=1e-4)
-    _, covered = measurement.coverage(0, 0, SIDE, SIDE)
+    _, covered = measurement.footprints.coverage(0, 0, SIDE, SIDE)
     for counts, share in zip(measurement.counts, covered.toarray().reshape(-1, SIDE, SIDE), strict=True):
         even = np.broadcast_to(counts[:, None] / share.sum(), (2, (share > 0).sum()))
         np.testing.assert_allclose(x[0][:, share > 0], even, rtol=1e-4)
@@ -419,12 +434,15 @@ def test_footprints_cut_by_the_window_are_left_alone(kind):
     measurement = measured(kind)
     y0, x0, side = 3, 2, 17
     agree = Consistency(measurement, y0, x0, side, side)
-    inside = (np.abs(measurement.centers - [y0 + side / 2, x0 + side / 2]) <= (side - measurement.diameter) / 2).all(1)
+    inside = (
+        np.abs(measurement.footprints.centers - [y0 + side / 2, x0 + side / 2])
+        <= (side - measurement.footprints.diameter) / 2
+    ).all(1)
     assert agree.rows.tolist() == np.flatnonzero(inside).tolist()
     assert 0 < inside.sum() < len(measurement)
     counts = prediction()[:, :, y0 : y0 + side, x0 : x0 + side]
     x = agree(counts)
-    within = measurement.coverage(y0, x0, side, side)[1].sum(0).reshape(side, side) > 0
+    within = measurement.footprints.coverage(y0, x0, side, side)[1].sum(0).reshape(side, side) > 0
     assert torch.equal(x[:, :, ~within], counts[:, :, ~within])
     whole = F.pad(x, (x0, SIDE - x0 - side, y0, SIDE - y0 - side))
     np.testing.assert_allclose(pooled(measurement, whole)[0][inside], measurement.counts[inside], rtol=3e-4)
@@ -451,7 +469,7 @@ def test_on_the_way_estimates_are_scaled_toward_the_measurement(kind):
     nearest = np.clip(measurement.counts, before / MOST_SCALED, before * MOST_SCALED)
     np.testing.assert_allclose(after, nearest, rtol=1e-3)
     assert (x.sign() == counts.sign()).all()
-    outside = measurement.coverage(0, 0, SIDE, SIDE)[1].sum(0).reshape(SIDE, SIDE) == 0
+    outside = measurement.footprints.coverage(0, 0, SIDE, SIDE)[1].sum(0).reshape(SIDE, SIDE) == 0
     assert torch.equal(x[:, :, outside], counts[:, :, outside])
     agreed = agree(prediction())
     torch.testing.assert_close(agree.toward(agreed), agreed, rtol=1e-3, atol=1e-4)
@@ -467,5 +485,5 @@ def test_measurements_that_contradict_each_other_are_met_halfway(kind):
     x = Consistency(measurement.with_counts(measurement.counts * noise), 0, 0, SIDE, SIDE)(prediction())
     assert torch.isfinite(x).all()
     assert (x >= 0).all()
-    ratio = measurement.pool(x[0].numpy()) / (measurement.counts * noise)
+    ratio = measurement.footprints.pool(x[0].numpy()) / (measurement.counts * noise)
     assert 0.5 < ratio.min() <= ratio.max() < 2

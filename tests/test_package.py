@@ -38,6 +38,7 @@ LAYER_1 = [
     "models",
     "train",
     "transforms",
+    "windows",
 ]
 SPATIAL = {"anndata", "scanpy", "spatialdata", "spatialdata_io", "squidpy"}
 

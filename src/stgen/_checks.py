@@ -33,6 +33,7 @@ __all__ = [
     "check_text",
     "check_types",
     "check_whole",
+    "chosen_genes",
     "listed",
     "only_key",
     "unknown_option",
@@ -227,6 +228,31 @@ def check_genes(genes: Any, name: str = "genes") -> list[str]:
         raise ValueError(f"`{name}` must be names without repetition, found more than once: {listed(twice)}.")
     if not names or not all(names):
         raise ValueError(f"`{name}` must be names without repetition, at least one; found {listed(names)}.")
+    return names
+
+
+def chosen_genes(genes: str | Iterable[str] | None, known: Sequence[str], where: str) -> list[str]:
+    """Those of the ``known`` genes that are wanted, each once; all by default. ``where`` says in a message what knows them.
+
+    Raises
+    ------
+    KeyError
+        If one is unknown.
+    ValueError
+        If none is named, or one twice.
+    """
+    if genes is None and len(set(known)) < len(known):
+        raise ValueError(f"gene names of {where} occur more than once; run .var_names_make_unique() first.")
+    names = list(known) if genes is None else [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"`genes` must name at least one gene, and each once; found {listed(names)}.")
+    there = set(known)
+    unknown = [gene for gene in names if gene not in there]
+    if unknown:
+        raise KeyError(
+            f"{len(unknown)} of {len(names)} genes unknown to {where}: {listed(unknown)}. It has {len(known)} genes, such as "
+            f"{listed(known[:3])}."
+        )
     return names
 
 

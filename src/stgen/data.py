@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -16,14 +16,21 @@ from stgen.transforms import TransformName, transform_counts
 
 __all__ = [
     "Batch",
+    "ImageReader",
     "MapData",
-    "MapSection",
+    "MapInputs",
     "SpotData",
     "StepSampler",
     "dihedral",
     "group_folds",
     "low_resolution_input",
 ]
+
+
+Rectangle = tuple[int, int, int, int]
+"""Some bins of a grid, as ``(y, x, height, width)``."""
+
+MAPS = {"x", "tissue", "h", "y", "valid", "s"}  # entries of a batch that turn with the section
 
 
 class Batch(TypedDict, total=False):
@@ -132,35 +139,84 @@ class SpotData:
         return SpotData(self.x[rows], self.h[rows], self.group[rows], None if self.mean is None else self.mean[rows])
 
 
-@dataclass
-class MapSection:
-    """A section's fine map, with what goes with it on the same grid; nothing is read before a tile is cut.
+class ImageReader(Protocol):
+    """An image on a grid of bins: ``read(y, x, height, width)`` in bins gives ``(C, s height, s width)``, with ``s`` pixels a bin."""
+
+    px_per_bin: int
+
+    @property
+    def n_channels(self) -> int:
+        """Number of channels ``C``."""
+
+    def __call__(self, y: int, x: int, height: int, width: int, /) -> np.ndarray:
+        """The image in some bins; beyond its edge too."""
+
+
+@dataclass(frozen=True)
+class MapInputs:
+    """What the maps of a section are made from, all on one grid of bins, resolved once: arrays, functions and numbers.
+
+    Models are fitted on it (:class:`MapData` cuts tiles from it) and sample from it, window by window; nothing is read of the
+    image before a window asks for it.
 
     Parameters
     ----------
-    counts
-        Counts per bin, shape ``(G, H, W)``: an array, or anything that can be sliced into one (dask, zarr). NaN where
-        nothing is known.
+    tissue
+        Which bins get a result or, for training, are known, shape ``(H, W)``.
+    bin_um
+        Side of a bin in µm.
     image
-        Function of a window ``(y0, x0, height, width)`` in bins that gives the histology there, shape
-        ``(C, s height, s width)``.
+        The histology, of models that look at it: gives ``(C, s height, s width)`` of a window.
     measurement
         The low-resolution data, if there are any.
-    tissue
-        Which bins are known, shape ``(H, W)``.
     labels
-        Function of a window like ``image`` that gives the share of each pixel that is labeled, ``(1, s height, s width)``,
-        for models that look at it.
+        The share of each pixel that lies in a nucleus, ``(1, s height, s width)`` of a window, for models that look at it.
     text
         What a prompt says, ``(D,)``, for models that take one.
+    truth
+        For training: counts per bin, shape ``(G, H, W)``, an array or anything that can be sliced into one (dask, zarr). NaN
+        where nothing is known.
+    seen
+        Which footprints of the measurement lie on the grid, and on the image if there is one, shape ``(n,)``; all by default.
     """
 
-    counts: Any
-    image: Callable[[int, int, int, int], np.ndarray]
-    measurement: Measurement | None
     tissue: np.ndarray
-    labels: Callable[[int, int, int, int], np.ndarray] | None = None
+    bin_um: float = 10.0
+    image: ImageReader | None = None
+    measurement: Measurement | None = None
+    labels: ImageReader | None = None
     text: np.ndarray | None = None
+    truth: Any = None
+    seen: np.ndarray | None = None
+
+    @property
+    def height(self) -> int:
+        """Number of rows of bins."""
+        return self.tissue.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Number of columns of bins."""
+        return self.tissue.shape[1]
+
+    def conditions(self, window: Rectangle, transform: TransformName, kernel: Kernel) -> Batch:
+        """What a model of maps is told of a window ``(y, x, height, width)``: entries of a batch, without its first dimension."""
+        batch: Batch = {}
+        if self.image is not None:
+            batch["h"] = torch.as_tensor(np.asarray(self.image(*window), np.float32))
+        if self.labels is not None:
+            batch["s"] = torch.as_tensor(np.asarray(self.labels(*window), np.float32))
+        if self.text is not None:
+            batch["text"] = torch.as_tensor(self.text)
+        if self.measurement is not None:
+            batch |= low_resolution_input(self.measurement, *window, transform, kernel)
+        return batch
+
+    def tissue_in(self, window: Rectangle) -> np.ndarray:
+        """Which bins of a window are tissue, shape ``(height, width)``; none beyond the grid."""
+        y, x, height, width = window
+        tissue = self.tissue[y : y + height, x : x + width]
+        return np.pad(tissue, ((0, height - tissue.shape[0]), (0, width - tissue.shape[1])))
 
 
 class MapData:
@@ -190,11 +246,12 @@ class MapData:
     Examples
     --------
     >>> import numpy as np
-    >>> from stgen.data import MapData, MapSection
+    >>> from stgen.data import MapData, MapInputs
     >>> from stgen.measurement import Measurement
     >>> counts = np.ones((2, 32, 48))
     >>> low = Measurement.from_map(np.full((2, 4, 6), 64.0), factor=8)
-    >>> section = MapSection(counts, lambda y, x, h, w: np.zeros((3, 2 * h, 2 * w)), low, np.ones((32, 48), bool))
+    >>> image = lambda y, x, h, w: np.zeros((3, 2 * h, 2 * w))
+    >>> section = MapInputs(np.ones((32, 48), bool), image=image, measurement=low, truth=counts)
     >>> tiles = MapData([section], tile=32, stride=8)
     >>> len(tiles), tiles[0, 5]["x"].shape, tiles[0]["h"].shape
     (3, torch.Size([2, 32, 32]), torch.Size([3, 64, 64]))
@@ -205,7 +262,7 @@ class MapData:
 
     def __init__(
         self,
-        sections: Sequence[MapSection],
+        sections: Sequence[MapInputs],
         *,
         tile: int,
         transform: TransformName = "log1p_raw",
@@ -238,24 +295,21 @@ class MapData:
         i, view = item if isinstance(item, tuple) else (item, 0)
         number, y, x = self.corners[i]
         section, tile = self.sections[number], self.tile
-        counts = np.asarray(section.counts[:, y : y + tile, x : x + tile], np.float32)
+        counts = np.asarray(section.truth[:, y : y + tile, x : x + tile], np.float32)
         known = section.tissue[y : y + tile, x : x + tile] & np.isfinite(counts).all(0)
         beyond = ((0, 0), *((0, tile - n) for n in known.shape))  # of a section smaller than a tile
         counts = np.pad(np.where(known, counts, 0), beyond)
-        parts: Batch = {
+        item: Batch = {
             "x": torch.as_tensor(transform_counts(counts, np.ones(1), self.transform)),
             "tissue": torch.as_tensor(np.pad(known[None].astype(np.float32), beyond)),
-            "h": torch.as_tensor(np.asarray(section.image(y, x, tile, tile), np.float32)),
+            "h": torch.zeros(1, tile, tile),
             "y": torch.zeros(len(counts), tile, tile),
             "valid": torch.zeros(1, tile, tile),
         }
-        if section.measurement is not None:
-            parts |= low_resolution_input(section.measurement, y, x, tile, tile, self.transform, self.kernel)
-        if section.labels is not None:
-            parts["s"] = torch.as_tensor(np.asarray(section.labels(y, x, tile, tile), np.float32))
-        moved = {name: dihedral(value, view).contiguous() for name, value in parts.items()}
-        text = {} if section.text is None else {"text": torch.as_tensor(section.text)}
-        return {"index": torch.as_tensor(i), **moved, **text}
+        item |= section.conditions((y, x, tile, tile), self.transform, self.kernel)
+        for name in MAPS & item.keys():
+            item[name] = dihedral(item[name], view).contiguous()
+        return {"index": torch.as_tensor(i), **item}
 
     def some(self, n: int) -> Iterator[Batch]:
         """At most ``n`` tiles, evenly spread over all, each as a batch of one."""
@@ -276,7 +330,7 @@ def low_resolution_input(
     width: int,
     transform: TransformName,
     kernel: Kernel = "gaussian",
-) -> dict[str, Tensor]:
+) -> Batch:
     """The entries ``y`` (G, height, width) and ``valid`` (1, height, width) of a batch, for one window.
 
     Examples

@@ -6,7 +6,8 @@ are in bins of the fine grid, rows first: bin ``(i, j)`` covers ``[i, i + 1) x [
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,7 +18,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-__all__ = ["Consistency", "Kernel", "Measurement"]
+__all__ = ["Consistency", "Footprints", "Kernel", "Measurement"]
 
 Kernel = Literal["gaussian", "nearest", "linear", "cubic"]
 
@@ -42,73 +43,51 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Counts summed over footprints on a fine grid.
+class Footprints:
+    """Places of one size and shape on a fine grid, each of which was measured as a whole.
 
     Parameters
     ----------
-    counts
-        Measured counts, shape ``(n, G)``.
     centers
-        Centers of the footprints ``(y, x)`` in bins, shape ``(n, 2)``.
+        Centers ``(y, x)`` in bins, shape ``(n, 2)``.
     diameter
         Side of a square or diameter of a disc, in bins.
     shape
         ``"square"`` (low-resolution bins) or ``"disc"`` (spots).
     area
-        How many bins each footprint really measured, shape ``(n,)``; less than its size at the edge of a section.
+        How many bins each really measured, shape ``(n,)``; less than its size at the edge of a section.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from stgen.measurement import Measurement
-    >>> low = np.array([[[4.0, 8.0]]])  # one gene, 1 x 2 low-resolution bins of 2 x 2 bins each
-    >>> measurement = Measurement.from_map(low, factor=2)
-    >>> measurement.pool(np.ones((1, 2, 4))).ravel()
+    >>> from stgen.measurement import Footprints
+    >>> footprints = Footprints(np.array([[1.0, 1.0], [1.0, 3.0]]), 2.0, "square", np.full(2, 4.0))
+    >>> footprints.pool(np.ones((1, 2, 4))).ravel()
     array([4., 4.])
     """
 
-    counts: np.ndarray
     centers: np.ndarray
     diameter: float
     shape: Literal["square", "disc"]
     area: np.ndarray
 
     def __post_init__(self) -> None:
-        if (
-            self.counts.ndim != 2
-            or self.centers.shape != (len(self.counts), 2)
-            or self.area.shape != (len(self.counts),)
-        ):
+        if self.centers.shape != (len(self.area), 2) or self.area.ndim != 1:
             raise ValueError(
-                f"counts (n, G), centers (n, 2) and area (n,) do not fit together: found {self.counts.shape}, "
-                f"{self.centers.shape}, {self.area.shape}."
+                f"centers (n, 2) and area (n,) do not fit together: found {self.centers.shape}, {self.area.shape}."
             )
-        if not np.isfinite(self.counts).all() or (self.counts < 0).any():
-            raise ValueError("measured counts must be finite and not negative.")
-
-    @classmethod
-    def from_map(cls, low: np.ndarray, factor: int, area: np.ndarray | None = None) -> Measurement:
-        """The bins of a low-resolution map as footprints; bins that are NaN, or have no area, are left out.
-
-        Parameters
-        ----------
-        low
-            Counts per low-resolution bin, shape ``(G, h, w)``.
-        factor
-            Fine bins along the side of a low-resolution one.
-        area
-            Fine bins that were measured in each, shape ``(h, w)``; ``factor ** 2`` by default.
-        """
-        _, height, width = low.shape
-        area = np.full((height, width), float(factor**2)) if area is None else np.asarray(area, float)
-        known = np.isfinite(low).all(0) & (area > 0)
-        rows, columns = np.nonzero(known)
-        centers = (np.column_stack([rows, columns]) + 0.5) * factor
-        return cls(np.asarray(low, np.float32)[:, rows, columns].T, centers, float(factor), "square", area[known])
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return len(self.centers)
+
+    def __getitem__(self, rows: np.ndarray) -> Footprints:
+        """Some of them."""
+        return Footprints(self.centers[rows], self.diameter, self.shape, self.area[rows])
+
+    @property
+    def size(self) -> float:
+        """Area of a whole one, in bins."""
+        return self.diameter**2 if self.shape == "square" else math.pi * (self.diameter / 2) ** 2
 
     @cached_property
     def pitch(self) -> float:
@@ -117,15 +96,6 @@ class Measurement:
             return self.diameter
         distance = cKDTree(self.centers).query(self.centers, k=2)[0][:, 1]
         return max(float(np.median(distance)), 1e-6)
-
-    @cached_property
-    def density(self) -> np.ndarray:
-        """Counts per bin of each footprint, shape ``(n, G)``."""
-        return self.counts / np.maximum(self.area, 1e-6)[:, None]
-
-    def with_counts(self, counts: np.ndarray) -> Measurement:
-        """The same footprints with other counts, shape ``(n, G)``."""
-        return Measurement(np.asarray(counts, np.float32), self.centers, self.diameter, self.shape, self.area)
 
     @cached_property
     def blocks(self) -> int | None:
@@ -142,6 +112,14 @@ class Measurement:
         inside = (y >= y0 - margin) & (y <= y0 + height + margin) & (x >= x0 - margin) & (x <= x0 + width + margin)
         return np.flatnonzero(inside)
 
+    def within(self, height: int, width: int) -> np.ndarray:
+        """Rows of those that lie wholly on a grid of this size: of the others, part was measured beyond it."""
+        return self._inside(0, 0, height, width)
+
+    def _inside(self, y0: float, x0: float, height: float, width: float) -> np.ndarray:
+        radius = self.diameter / 2
+        return self.near(y0 + radius, x0 + radius, height - self.diameter, width - self.diameter, 1e-6)
+
     def coverage(self, y0: int, x0: int, height: int, width: int) -> tuple[np.ndarray, sparse.csr_array]:
         """How much of each bin of a window the footprints cover that lie wholly inside it.
 
@@ -149,8 +127,7 @@ class Measurement:
         -------
         Rows of those footprints, and their shares of the bins, shape ``(len(rows), height * width)``.
         """
-        radius = self.diameter / 2
-        rows = self.near(y0 + radius, x0 + radius, height - self.diameter, width - self.diameter, 1e-6)
+        rows = self._inside(y0, x0, height, width)
         return rows, self._covered(rows, y0, x0, height, width)
 
     def _covered(self, rows: np.ndarray, y0: int, x0: int, height: int, width: int) -> sparse.csr_array:
@@ -195,6 +172,113 @@ class Measurement:
         covered = self._covered(np.arange(len(self)), 0, 0, height, width)
         return covered @ np.nan_to_num(np.asarray(counts, np.float64)).reshape(n_genes, -1).T
 
+    def reached(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
+        """Which bins of a window lie within about one pitch of one of them, shape ``(height, width)``."""
+        near = self.near(y0, x0, height, width, REACH * self.pitch)
+        along_y, along_x = (KERNELS["gaussian"](d) for d in self.distances(near, y0, x0, height, width))
+        return along_y @ along_x.T >= KERNELS["gaussian"](1.0)
+
+    def distances(self, rows: np.ndarray, y0: int, x0: int, height: int, width: int) -> list[np.ndarray]:
+        """From the bins of a window to some footprints along y, and along x, in pitches: ``(height, n)``, ``(width, n)``."""
+        return [
+            (start + np.arange(n)[:, None] + 0.5 - self.centers[rows, axis]) / self.pitch
+            for axis, (start, n) in enumerate([(y0, height), (x0, width)])
+        ]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Counts summed over footprints on a fine grid.
+
+    Parameters
+    ----------
+    footprints
+        What was measured as a whole.
+    counts
+        Measured counts, shape ``(n, G)``; a sparse matrix for whole transcriptomes.
+    genes
+        Names of the columns; may be left out where they are not asked for.
+    total
+        Counts of each footprint over all genes, shape ``(n,)``; those of ``counts`` by default.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stgen.measurement import Measurement
+    >>> low = np.array([[[4.0, 8.0]]])  # one gene, 1 x 2 low-resolution bins of 2 x 2 bins each
+    >>> measurement = Measurement.from_map(low, factor=2)
+    >>> measurement.density.ravel()
+    array([1., 2.])
+    """
+
+    footprints: Footprints
+    counts: np.ndarray | sparse.csc_array
+    genes: tuple[str, ...] = ()
+    total: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.counts.ndim != 2 or len(self.footprints) != self.counts.shape[0]:
+            raise ValueError(
+                f"counts (n, G) and {len(self.footprints)} footprints do not fit together: found shape {self.counts.shape}."
+            )
+        stored = self.counts.data if sparse.issparse(self.counts) else self.counts
+        if not np.isfinite(stored).all() or (np.asarray(stored) < 0).any():
+            raise ValueError("measured counts must be finite and not negative.")
+
+    @classmethod
+    def from_map(
+        cls, low: np.ndarray, factor: int, area: np.ndarray | None = None, genes: Sequence[str] = ()
+    ) -> Measurement:
+        """The bins of a low-resolution map as footprints; bins that are NaN, or have no area, are left out.
+
+        Parameters
+        ----------
+        low
+            Counts per low-resolution bin, shape ``(G, h, w)``.
+        factor
+            Fine bins along the side of a low-resolution one.
+        area
+            Fine bins that were measured in each, shape ``(h, w)``; ``factor ** 2`` by default.
+        genes
+            Names of the genes.
+        """
+        _, height, width = low.shape
+        area = np.full((height, width), float(factor**2)) if area is None else np.asarray(area, float)
+        known = np.isfinite(low).all(0) & (area > 0)
+        rows, columns = np.nonzero(known)
+        centers = (np.column_stack([rows, columns]) + 0.5) * factor
+        counts = np.asarray(low, np.float32)[:, rows, columns].T
+        return cls(Footprints(centers, float(factor), "square", area[known]), counts, tuple(genes))
+
+    def __len__(self) -> int:
+        return len(self.footprints)
+
+    def __getitem__(self, rows: np.ndarray) -> Measurement:
+        """Some of the footprints."""
+        return Measurement(
+            self.footprints[rows], self.counts[rows], self.genes, None if self.total is None else self.total[rows]
+        )
+
+    def of_genes(self, columns: Sequence[int] | np.ndarray) -> Measurement:
+        """Some of the genes, by number, with dense counts."""
+        counts = self.counts[:, columns]
+        names = tuple(self.genes[int(i)] for i in columns) if self.genes else ()
+        return Measurement(self.footprints, counts.toarray() if sparse.issparse(counts) else counts, names, self.totals)
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """Counts of each footprint over all genes that were measured, shape ``(n,)``."""
+        return np.asarray(self.counts.sum(1)).ravel() if self.total is None else self.total
+
+    @cached_property
+    def density(self) -> np.ndarray:
+        """Counts per bin of each footprint, shape ``(n, G)``."""
+        return self.counts / np.maximum(self.footprints.area, 1e-6)[:, None]
+
+    def with_counts(self, counts: np.ndarray) -> Measurement:
+        """The same footprints with other counts, shape ``(n, G)``."""
+        return Measurement(self.footprints, np.asarray(counts, np.float32))
+
     def interpolate(
         self, y0: int, x0: int, height: int, width: int, kernel: Kernel = "gaussian"
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -217,15 +301,13 @@ class Measurement:
         Counts per bin ``(G, height, width)``, zero where nothing is near; and ``(1, height, width)``, 1 within about
         one pitch of a footprint, else 0.
         """
-        near = self.near(y0, x0, height, width, REACH * self.pitch)
-        distance = [
-            (start + np.arange(n)[:, None] + 0.5 - self.centers[near, axis]) / self.pitch
-            for axis, (start, n) in enumerate([(y0, height), (x0, width)])
-        ]
+        footprints = self.footprints
+        near = footprints.near(y0, x0, height, width, REACH * footprints.pitch)
+        distance = footprints.distances(near, y0, x0, height, width)
         smooth = [KERNELS["gaussian"](d) for d in distance]
         valid = smooth[0] @ smooth[1].T >= KERNELS["gaussian"](1.0)
         along_y, along_x = smooth if kernel == "gaussian" else [KERNELS[kernel](d) for d in distance]
-        weight = (along_y * self.area[near]) @ along_x.T
+        weight = (along_y * footprints.area[near]) @ along_x.T
         along_y, along_x = along_y.astype(np.float32), along_x.astype(np.float32)
         at_a_time = max(1, int(MOST_VALUES / max(1, height * len(near))))
         summed = np.concatenate(
@@ -237,7 +319,7 @@ class Measurement:
         )
         density = np.where(valid & (weight > 1e-9), summed / np.maximum(weight, 1e-9), 0)
         if kernel == "cubic":  # of an incomplete lattice, its negative lobes leave next to nothing to divide by
-            complete = weight > 0.5 * ((np.abs(along_y) * self.area[near]) @ np.abs(along_x).T)
+            complete = weight > 0.5 * ((np.abs(along_y) * footprints.area[near]) @ np.abs(along_x).T)
             if not complete[valid].all():
                 density = np.where(complete, density, self.interpolate(y0, x0, height, width)[0])
         return np.maximum(density, 0).astype(np.float32), valid[None].astype(np.float32)
@@ -274,7 +356,8 @@ class Consistency:
     def __init__(
         self, measurement: Measurement, y0: int, x0: int, height: int, width: int, tissue: np.ndarray | None = None
     ) -> None:
-        rows, covered = measurement.coverage(y0, x0, height, width)
+        footprints = measurement.footprints
+        rows, covered = footprints.coverage(y0, x0, height, width)
         if tissue is not None:
             covered = sparse.csr_array(covered * tissue.reshape(1, -1))
             covered.eliminate_zeros()
@@ -286,8 +369,8 @@ class Consistency:
         self.pool = _torch(covered)  # (n, P)
         self.share = _torch(share)  # (P, n), rows sum to 1 where a footprint covers the bin
         in_tissue = np.ones(len(rows))
-        if measurement.shape == "square":
-            in_tissue = np.maximum(covered.sum(1) / np.maximum(measurement.area[rows], 1e-6), 1)
+        if footprints.shape == "square":
+            in_tissue = np.maximum(covered.sum(1) / np.maximum(footprints.area[rows], 1e-6), 1)
         self.target = torch.as_tensor(np.asarray(measurement.counts[rows] * in_tissue[:, None], np.float32))
         self.outside = torch.as_tensor(per_bin == 0)
         self.disjoint = bool(np.diff(covered.tocsc().indptr).max(initial=0) <= 1)

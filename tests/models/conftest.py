@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from stgen.data import MapData, MapSection
+from stgen.data import MapData, MapInputs
 from stgen.measurement import Measurement
 
 QUICK = {"batch_size": 2, "progress": False, "device": "cpu", "seed": 5}
@@ -93,5 +93,5 @@ def map_data(
         if text_dim is not None:
             text = rng.normal(size=text_dim).astype(np.float32)
         low = Measurement.from_map(low, 4) if known else None
-        sections.append(MapSection(counts, window, low, tissue, labels, text))
+        sections.append(MapInputs(tissue, image=window, measurement=low, labels=labels, text=text, truth=counts))
     return MapData(sections, tile=tile, **{"stride": 4, **options})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -476,7 +477,7 @@ def test_statistics_of_genes_written_out(data):
 @pytest.mark.parametrize("n_genes", [1, 2])
 def test_statistics_of_genes_that_are_all_alike(n_genes):
     data = map_data(n_genes=1)
-    data.sections[0].counts = data.sections[0].counts.repeat(n_genes, 0)
+    data.sections[0] = replace(data.sections[0], truth=data.sections[0].truth.repeat(n_genes, 0))
     data.sections[0].measurement = None
     codes = GeneCode(n_genes, 8)
     codes.fit(data, torch.ones(n_genes))

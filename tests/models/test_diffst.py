@@ -11,7 +11,7 @@ from tests.models.conftest import shapes_of as names
 
 import stgen.train
 from stgen import models
-from stgen.data import MapData, MapSection
+from stgen.data import MapData, MapInputs
 from stgen.diffusion import weighted_mean
 from stgen.measurement import Measurement
 from stgen.models import DiffST
@@ -67,7 +67,9 @@ def map_data(seed=0, side=32, tile=16, n_genes=3, channels=3, factor=4, px=2, **
     tissue = np.ones((side, side), bool)
     tissue[:3, :5] = False
     return MapData(
-        [MapSection(counts, image, Measurement.from_map(low, factor), tissue)], tile=tile, **{"stride": 8, **options}
+        [MapInputs(tissue, image=image, measurement=Measurement.from_map(low, factor), truth=counts)],
+        tile=tile,
+        **{"stride": 8, **options},
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from tests.models.conftest import batch_of, randomized
 
 from stgen import models
-from stgen.data import MapData, MapSection, dihedral
+from stgen.data import MapData, MapInputs, dihedral
 from stgen.features import gaussian_blur
 from stgen.measurement import Measurement
 from stgen.models import DiffST, Interpolate, LinearProbe, PixelProbe, RegressionUNet
@@ -36,7 +38,9 @@ def map_data(seed=0, side=32, tile=16, n_genes=2, channels=3, **options):
         y, x = y0 * PX + 64, x0 * PX + 64
         return padded[:, y : y + height * PX, x : x + width * PX]
 
-    section = MapSection(counts, image, Measurement.from_map(low, FACTOR), np.isfinite(counts[0]))
+    section = MapInputs(
+        np.isfinite(counts[0]), image=image, measurement=Measurement.from_map(low, FACTOR), truth=counts
+    )
     return MapData([section], tile=tile, stride=4, **options)
 
 
@@ -193,7 +197,7 @@ def test_gene_scale_by_quantile(data):
 
 def test_quantile_of_a_rare_gene_is_a_single_count():
     rare = map_data()
-    counts = rare.sections[0].counts
+    counts = rare.sections[0].truth
     counts[1] = np.where(np.isfinite(counts[1]), 0, np.nan)
     counts[1, 9, 9:11] = [1, 2]
     assert float(GeneScale(2, "quantile").fit(rare).scale[1]) == pytest.approx(np.log(2))
@@ -221,7 +225,8 @@ def test_image_scale(data):
     torch.testing.assert_close(scale(h[None, :, :, None]), torch.asinh((h - h.mean(1, keepdim=True)) / h.std(1, correction=0)[:, None])[None, :, :, None], rtol=1e-3, atol=1e-3)  # fmt: skip
     image = data.sections[0].image
     data = map_data()
-    data.sections[0].image = lambda *window: np.concatenate([image(*window)[:2], 0 * image(*window)[:1] + 5])
+    constant = replace(data.sections[0], image=lambda *w: np.concatenate([image(*w)[:2], 0 * image(*w)[:1] + 5]))
+    data.sections[0] = constant
     assert ImageScale(3).fit(data).scale[2] == 1  # a channel that is the same everywhere
 
 
@@ -348,7 +353,7 @@ def test_pixel_probe_recovers_what_is_linear():
     part = data.sections[0]
     mean = part.image(0, 0, 32, 32).reshape(3, 32, PX, 32, PX).mean((2, 4))
     x = 2 + 0.3 * mean[:2] - 0.1 * mean[2]
-    part.counts[:] = np.where(np.isfinite(part.counts), np.expm1(x), np.nan)
+    part.truth[:] = np.where(np.isfinite(part.truth), np.expm1(x), np.nan)
     model = PixelProbe(GENES, px_per_bin=PX, blurs=[1.0])
     model.fit(data)
     batch = batch_of(data, 0)

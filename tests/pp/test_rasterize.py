@@ -390,8 +390,8 @@ def test_blocks_at_the_edge_and_unknown_bins():
         get_transformation(sdata["m_2x_area"], "px").to_affine_matrix(XY, XY),
     )
     measured = measurement_of(sdata, "m_2x", Grid.of_map(sdata, "m"), ["g1", "g0"])
-    np.testing.assert_array_equal(measured.area, area[area > 0])
-    np.testing.assert_allclose(measured.pool(values[[1, 0]]), measured.counts)
+    np.testing.assert_array_equal(measured.footprints.area, area[area > 0])
+    np.testing.assert_allclose(measured.footprints.pool(values[[1, 0]]), measured.counts)
 
 
 def test_a_bin_is_measured_where_all_genes_are_known():

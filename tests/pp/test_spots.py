@@ -205,8 +205,8 @@ def test_spots_of_a_map_pool_it_over_their_discs(layout):
     stgen.pp.simulate_spots(sdata, map_key="m", genes=["g2", "g0"], layout=layout)
     grid = Grid.of_map(sdata, "m")
     measured = measurement_of(sdata, "spots_counts", grid, ["g2", "g0"])
-    assert measured.diameter == pytest.approx(5.5)
-    np.testing.assert_allclose(measured.counts, measured.pool(values[[2, 0]]), rtol=1e-5)
+    assert measured.footprints.diameter == pytest.approx(5.5)
+    np.testing.assert_allclose(measured.counts, measured.footprints.pool(values[[2, 0]]), rtol=1e-5)
     assert sdata["spots"]["radius"].unique() == [2.75]
     assert set(get_transformation(sdata["spots"], get_all=True)) == {"um", "px"}
 
@@ -236,7 +236,7 @@ def test_thinning_a_map_is_binomial_and_loses_nothing():
     assert (rest[known] == np.round(rest[known])).all()
     assert np.nansum(seen) / np.nansum(values[[2, 0]]) == pytest.approx(0.3, abs=0.02)
     measured = measurement_of(sdata, "spots_counts", Grid.of_map(sdata, "m"), ["g2", "g0"])
-    np.testing.assert_allclose(measured.counts, measured.pool(seen), rtol=1e-5)
+    np.testing.assert_allclose(measured.counts, measured.footprints.pool(seen), rtol=1e-5)
     assert Grid.of_map(sdata, "spots_rest").bin_um == 10.0
     assert sdata.attrs["stgen"]["spots_rest"]["thin"] == 0.3
     again = map_section(values)
@@ -319,12 +319,12 @@ def test_a_map_of_spots_pools_back_to_their_counts(sdata):
     stgen.pp.spots_to_map(sdata, table_key="spot_counts", map_key="counts", genes=genes)
     values = np.asarray(sdata["spot_map"].data)
     measured = measurement_of(sdata, "spot_counts", Grid.of_map(sdata, "counts"), genes)
-    np.testing.assert_allclose(measured.pool(values), measured.counts, rtol=1e-5)
-    rows, share = measured.coverage(0, 0, 60, 60)
+    np.testing.assert_allclose(measured.footprints.pool(values), measured.counts, rtol=1e-5)
+    rows, share = measured.footprints.coverage(0, 0, 60, 60)
     assert len(rows) == len(measured)
     np.testing.assert_array_equal(np.isnan(values[0]), share.sum(0).reshape(60, 60) == 0)
     area = np.asarray(share.sum(1)).ravel()
-    center = np.floor(measured.centers).astype(int)
+    center = np.floor(measured.footprints.centers).astype(int)
     np.testing.assert_allclose(values[:, center[:, 0], center[:, 1]], (measured.counts / area[:, None]).T, rtol=1e-5)
     assert sdata.attrs["stgen"]["spot_map"]["n_spots"] == 32
 
@@ -344,7 +344,7 @@ def test_bins_that_spots_share_have_the_mean_density():
     stgen.pp.spots_to_map(sdata, table_key="spots_counts", map_key="counts", genes=["a"])
     grid = Grid.of_map(sdata, "counts")
     measured = measurement_of(sdata, "spots_counts", grid, ["a"])
-    rows, share = measured.coverage(-2, -2, 5, 7)
+    rows, share = measured.footprints.coverage(-2, -2, 5, 7)
     share = share.toarray().reshape(len(rows), 5, 7)
     density = measured.counts[rows, 0] / share.sum((1, 2))
     expected = np.einsum("nyx,n->yx", share, density)[2:3, 2:5] / share.sum(0)[2:3, 2:5]

@@ -324,18 +324,18 @@ def low_map(factor=4, offset=(0.0, 0.0), **kwargs):
 def test_a_map_measures_whole_blocks():
     sdata, grid, values = low_map()
     measured = measurement_of(sdata, "low", grid, ["g1", "g0"])
-    assert (measured.shape, measured.diameter) == ("square", 4.0)
+    assert (measured.footprints.shape, measured.footprints.diameter) == ("square", 4.0)
     np.testing.assert_array_equal(measured.counts, values[[1, 0]].reshape(2, -1).T)
-    np.testing.assert_allclose(measured.centers[:5], [[2, 2], [2, 6], [2, 10], [2, 14], [6, 2]])
-    np.testing.assert_array_equal(measured.area, 16.0)
+    np.testing.assert_allclose(measured.footprints.centers[:5], [[2, 2], [2, 6], [2, 10], [2, 14], [6, 2]])
+    np.testing.assert_array_equal(measured.footprints.area, 16.0)
     fine = np.repeat(np.repeat(values, 4, 1), 4, 2)[[1, 0]] / 16
-    np.testing.assert_allclose(measured.pool(fine), measured.counts, rtol=1e-6)
+    np.testing.assert_allclose(measured.footprints.pool(fine), measured.counts, rtol=1e-6)
 
 
 def test_blocks_may_begin_at_any_bin():
     sdata, grid, _ = low_map(offset=(-10, 25))
     measured = measurement_of(sdata, "low", grid, ["g0"])
-    np.testing.assert_allclose(measured.centers[0], [2 + 5, 2 - 2])
+    np.testing.assert_allclose(measured.footprints.centers[0], [2 + 5, 2 - 2])
 
 
 def test_the_area_comes_from_the_labels_and_unknown_blocks_are_left_out():
@@ -348,7 +348,7 @@ def test_the_area_comes_from_the_labels_and_unknown_blocks_are_left_out():
     sdata["low"].data = da.from_array(known)
     measured = measurement_of(sdata, "low", grid, ["g0"])
     assert len(measured.counts) == 11
-    np.testing.assert_array_equal(measured.area, [7] + [16] * 10)
+    np.testing.assert_array_equal(measured.footprints.area, [7] + [16] * 10)
     sdata["low_area"] = Labels2DModel.parse(area[:2], dims=("y", "x"))
     with pytest.raises(ValueError, match=r"labels\['low_area'\] has the shape \(2, 4\)"):
         measurement_of(sdata, "low", grid, ["g0"])
@@ -393,11 +393,11 @@ def test_spots_measure_discs(sdata):
     grid = Grid.of_image(sdata, "he", bin_um=10)
     table = sdata["spot_counts"]
     measured = measurement_of(sdata, "spot_counts", grid, ["ACTB", "EPCAM"])
-    assert measured.shape == "disc"
-    assert measured.diameter == pytest.approx(5.5)
+    assert measured.footprints.shape == "disc"
+    assert measured.footprints.diameter == pytest.approx(5.5)
     np.testing.assert_array_equal(measured.counts, table[:, ["ACTB", "EPCAM"]].X.toarray())
-    np.testing.assert_allclose(measured.centers, table.obsm["spatial"][:, ::-1] / 10)
-    np.testing.assert_allclose(measured.area, np.pi * 2.75**2)
+    np.testing.assert_allclose(measured.footprints.centers, table.obsm["spatial"][:, ::-1] / 10)
+    np.testing.assert_allclose(measured.footprints.area, np.pi * 2.75**2)
 
 
 def test_spots_may_have_another_system_of_other_units(sdata):
@@ -409,8 +409,8 @@ def test_spots_may_have_another_system_of_other_units(sdata):
     set_transformation(spots, Scale([0.25, 0.25], axes=XY), "um")
     sdata["spots"] = spots
     measured = measurement_of(sdata, "spot_counts", grid, ["ACTB"])
-    np.testing.assert_allclose(measured.centers, expected.centers)
-    assert measured.diameter == pytest.approx(expected.diameter)
+    np.testing.assert_allclose(measured.footprints.centers, expected.footprints.centers)
+    assert measured.footprints.diameter == pytest.approx(expected.footprints.diameter)
 
 
 def squares_table(side=8.0, n=5, turn=0.0, growth=0.0):
@@ -430,10 +430,10 @@ def squares_table(side=8.0, n=5, turn=0.0, growth=0.0):
 def test_squares_that_tile_the_plane_measure_blocks():
     sdata, grid, counts = squares_table()
     measured = measurement_of(sdata, "bins", grid, ["a", "b"])
-    assert (measured.shape, measured.diameter) == ("square", 2.0)
-    np.testing.assert_array_equal(measured.area, 4.0)
+    assert (measured.footprints.shape, measured.footprints.diameter) == ("square", 2.0)
+    np.testing.assert_array_equal(measured.footprints.area, 4.0)
     fine = counts.T.reshape(2, 5, 5).repeat(2, 1).repeat(2, 2) / 4
-    np.testing.assert_allclose(measured.pool(fine), counts, rtol=1e-6)
+    np.testing.assert_allclose(measured.footprints.pool(fine), counts, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kwargs", [{"turn": 10}, {"growth": 1}])

@@ -11,7 +11,7 @@ from spatialdata.transformations import Scale
 import stgen.train
 from stgen import tl
 from stgen._spatial.records import provenance, record, write_image
-from stgen.measurement import Consistency, Measurement
+from stgen.measurement import Consistency, Footprints, Measurement
 from stgen.models import DiffST, Interpolate, RegressionUNet
 from stgen.pp import degrade
 
@@ -137,7 +137,7 @@ def test_cubic_interpolation_of_spots_with_gaps_stays_in_range():
     centers = np.column_stack([row.ravel() * 8.66 + 5, (column + 0.5 * (row % 2)).ravel() * 10.0 + 5])
     centers = centers[rng.random(len(centers)) > 0.1]
     counts = rng.gamma(5.0, 5.0, (len(centers), 1))
-    spots = Measurement(counts, centers, 5.5, "disc", np.full(len(centers), np.pi * 2.75**2))
+    spots = Measurement(Footprints(centers, 5.5, "disc", np.full(len(centers), np.pi * 2.75**2)), counts)
     density, valid = spots.interpolate(0, 0, 104, 104, "cubic")
     assert density.max() < 2 * spots.density.max()
     assert (density[:, valid[0] > 0] > 0).mean() > 0.99
@@ -146,6 +146,9 @@ def test_cubic_interpolation_of_spots_with_gaps_stays_in_range():
 @pytest.mark.parametrize(("side", "blocks"), [(4.0, 4), (4.0000001, 4), (1.6, None), (0.8, None)])
 def test_blocks_are_whole_squares_of_the_grid(side, blocks):
     centers = (np.arange(5)[:, None] + 0.5) * np.array([side, side])
-    assert Measurement(np.ones((5, 1)), centers, side, "square", np.full(5, side**2)).blocks == blocks
-    moved = Measurement(np.ones((5, 1)), centers + 0.5, side, "square", np.full(5, side**2))
-    assert moved.blocks is None
+    assert (
+        Measurement(Footprints(centers, side, "square", np.full(5, side**2)), np.ones((5, 1))).footprints.blocks
+        == blocks
+    )
+    moved = Measurement(Footprints(centers + 0.5, side, "square", np.full(5, side**2)), np.ones((5, 1)))
+    assert moved.footprints.blocks is None

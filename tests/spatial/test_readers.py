@@ -141,8 +141,8 @@ def test_visium_is_superresolved_as_the_section_itself_is(visium, simulated, tmp
     np.testing.assert_allclose(corners_um(visium, "superresolved", "section", 1.0), [[0, 0], [600, 600]], atol=1e-6)
 
     measured = measurement_of(visium, "table", Grid.of_map(visium, "superresolved"), GENES)
-    assert measured.diameter == pytest.approx(5.5, rel=1e-3)
-    pooled = measured.pool(np.nan_to_num(values_of(visium, "superresolved")))
+    assert measured.footprints.diameter == pytest.approx(5.5, rel=1e-3)
+    pooled = measured.footprints.pool(np.nan_to_num(values_of(visium, "superresolved")))
     np.testing.assert_allclose(pooled, visium["table"][:, GENES].X.toarray(), rtol=1e-3, atol=1e-3)
 
     entry = visium.attrs["stgen"]["superresolved"]
@@ -218,9 +218,11 @@ def test_bins_of_visium_hd_are_sharpened_themselves(hd):
     tl.superresolve(hd, "section_full_image", model=model, low_res="square_016um", **QUIET)
     grid = Grid.of_map(hd, "superresolved")
     measured = measurement_of(hd, "square_016um", grid, GENES)
-    assert (measured.shape, measured.diameter) == ("square", pytest.approx(2))
-    inside = (measured.centers > 1).all(1) & (measured.centers < np.array([grid.height, grid.width]) - 1).all(1)
-    pooled = measured.pool(np.nan_to_num(values_of(hd, "superresolved")))
+    assert (measured.footprints.shape, measured.footprints.diameter) == ("square", pytest.approx(2))
+    inside = (measured.footprints.centers > 1).all(1) & (
+        measured.footprints.centers < np.array([grid.height, grid.width]) - 1
+    ).all(1)
+    pooled = measured.footprints.pool(np.nan_to_num(values_of(hd, "superresolved")))
     counts = hd["square_016um"][:, GENES].X.toarray()
     assert inside.mean() > 0.9
     np.testing.assert_allclose(pooled[inside], counts[inside], rtol=1e-3, atol=1e-3)

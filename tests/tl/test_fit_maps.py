@@ -17,7 +17,7 @@ from stgen import models, pp, tl
 from stgen._spatial.grid import Grid
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import shallow_copy, write_image
-from stgen.data import MapData, MapSection
+from stgen.data import MapData, MapInputs
 from stgen.measurement import Measurement
 from stgen.models import C3Diff, DiffST, Interpolate, PixelProbe, RegressionUNet, Stem
 from stgen.tl.fitting.maps import MapKeys, gather_maps, pooled, split_maps
@@ -188,7 +188,9 @@ def test_nothing_held_out(rasterized):
 
 def split(shape, share, side=16):
     """Training and held-out tissue of a section that is tissue everywhere."""
-    section = MapSection(np.ones((1, *shape)), None, Measurement.from_map(np.ones((1, 1, 1)), 4), np.ones(shape, bool))
+    section = MapInputs(
+        np.ones(shape, bool), measurement=Measurement.from_map(np.ones((1, 1, 1)), 4), truth=np.ones((1, *shape))
+    )
     train, held_out = split_maps([section], share, side, np.random.default_rng(0))
     return train[0].tissue, held_out[0].tissue
 
@@ -211,8 +213,8 @@ def test_held_out_are_whole_blocks_of_about_the_share(share):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_split_leaves_enough_to_train_on(seed):
-    section = MapSection(
-        np.ones((1, 70, 70)), None, Measurement.from_map(np.ones((1, 1, 1)), 4), np.ones((70, 70), bool)
+    section = MapInputs(
+        np.ones((70, 70), bool), measurement=Measurement.from_map(np.ones((1, 1, 1)), 4), truth=np.ones((1, 70, 70))
     )
     train, held_out = split_maps([section], 0.125, 64, np.random.default_rng(seed))
     assert train[0].tissue.mean() >= 0.7
@@ -227,13 +229,13 @@ def test_low_resolution_by_default_is_the_map_itself_pooled(rasterized):
     explicit, _ = gathered({"s": rasterized}, low_res="counts_5x")
     one, two = section[0].measurement, explicit[0].measurement
     assert record["low_res"] is None
-    np.testing.assert_allclose(one.centers, two.centers)
+    np.testing.assert_allclose(one.footprints.centers, two.footprints.centers)
     np.testing.assert_allclose(one.counts, two.counts, rtol=1e-5)
-    np.testing.assert_allclose(one.area, two.area)
+    np.testing.assert_allclose(one.footprints.area, two.footprints.area)
     counts = np.asarray(rasterized["counts"].data)
     np.testing.assert_allclose(one.counts.sum(0), np.nansum(counts, (1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(one.pool(counts), one.counts, rtol=1e-5)
-    assert one.area.sum() == np.isfinite(counts[0]).sum()
+    np.testing.assert_allclose(one.footprints.pool(counts), one.counts, rtol=1e-5)
+    assert one.footprints.area.sum() == np.isfinite(counts[0]).sum()
 
 
 @pytest.mark.parametrize("shape", [(10, 15), (11, 13), (4, 3)])
@@ -243,16 +245,18 @@ def test_pooling_a_map_that_is_no_multiple_of_the_factor(shape):
     tissue = rng.random(shape) < 0.8
     counts[:, ~tissue] = np.nan
     measurement = pooled(counts, tissue, 5)
-    np.testing.assert_allclose(measurement.pool(counts), measurement.counts)
-    np.testing.assert_allclose(measurement.pool(tissue[None].astype(float))[:, 0], measurement.area)
+    np.testing.assert_allclose(measurement.footprints.pool(counts), measurement.counts)
+    np.testing.assert_allclose(
+        measurement.footprints.pool(tissue[None].astype(float))[:, 0], measurement.footprints.area
+    )
     assert measurement.counts.sum() == np.nansum(counts)
 
 
 def test_low_resolution_from_spots(rasterized):
     section, _ = gathered({"s": rasterized}, low_res="spot_counts")
     measurement = section[0].measurement
-    assert (measurement.shape, len(measurement)) == ("disc", rasterized["spot_counts"].n_obs)
-    assert measurement.diameter == pytest.approx(5.5)
+    assert (measurement.footprints.shape, len(measurement)) == ("disc", rasterized["spot_counts"].n_obs)
+    assert measurement.footprints.diameter == pytest.approx(5.5)
     expected = measurement_of(rasterized, "spot_counts", Grid.of_map(rasterized, "counts"), GENES)
     np.testing.assert_array_equal(measurement.counts, expected.counts)
     model = tl.fit(regression(), rasterized, low_res="spot_counts", **KEYS, tile=16, **QUICK)
@@ -294,9 +298,9 @@ def test_low_resolution_section_by_section(rasterized):
     for part, (name, key) in zip(found, low_res.items(), strict=False):
         expected, _ = gathered({name: rasterized}, low_res=key)
         np.testing.assert_array_equal(part.measurement.counts, expected[0].measurement.counts)
-        assert part.measurement.shape == expected[0].measurement.shape
+        assert part.measurement.footprints.shape == expected[0].measurement.footprints.shape
     assert found[2].measurement is None
-    np.testing.assert_array_equal(found[2].counts, found[0].counts)
+    np.testing.assert_array_equal(found[2].truth, found[0].truth)
 
 
 def test_fit_on_sections_with_and_without_low_resolution_data(rasterized, tmp_path):
@@ -337,7 +341,7 @@ def test_low_resolution_of_no_section(rasterized):
     [
         (c3diff, {"one": "counts_5x", "oen": "counts_5x"}, "`low_res` names data of 'oen', which is none of the sections: 'one', 'two'"),
         (c3diff, {"one": "nothing"}, "There is no map or table 'nothing'"),
-        (c3diff, {"two": "counts"}, r"the bins of 'counts' of section 'two' are 1 bins of the map wide and the model's factor is 5"),
+        (c3diff, {"two": "counts"}, r"section 'two': the bins of 'counts' are 1 bins of the map wide and the model's factor is 5"),
         (regression, {"one": "counts_5x"}, "names no low-resolution data of section 'two', and this RegressionUNet cannot do without"),
         (lambda: c3diff(p_missing=0.0), {"two": "counts_5x"}, "of section 'one', and this C3Diff cannot do without"),
     ],
@@ -372,15 +376,15 @@ def test_genes_are_taken_by_name(rasterized):
     model = regression(genes=["ACTB", "EPCAM"])
     section, _ = gathered({"s": rasterized}, model)
     expected = rasterized["counts"].sel(c=["ACTB", "EPCAM"]).data
-    np.testing.assert_array_equal(np.asarray(section[0].counts), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(section[0].truth), np.asarray(expected))
 
 
 def test_maps_that_do_not_fit_in_memory_stay_lazy(section, monkeypatch):
     read, _ = gathered({"s": section})
     monkeypatch.setattr("stgen.tl.fitting.maps.IN_MEMORY", 0)
     lazy, _ = gathered({"s": section})
-    assert isinstance(lazy[0].counts, da.Array)
-    assert isinstance(read[0].counts, np.ndarray)
+    assert isinstance(lazy[0].truth, da.Array)
+    assert isinstance(read[0].truth, np.ndarray)
     items = [MapData(sections, tile=16)[3, 6] for sections in (read, lazy)]
     for name in items[0]:
         torch.testing.assert_close(items[0][name], items[1][name])
@@ -440,14 +444,14 @@ def set_to(index, value):
 
 
 BAD = {
-    "map and image apart": (move_image, {}, ValueError, "the image 'he' and the map 'counts' of section 'section' do not overlap"),
+    "map and image apart": (move_image, {}, ValueError, "the image 'he' and 'counts' do not overlap in the coordinate system 'um'"),
     "no common system": (lambda s: elsewhere(s, "he"), {}, ValueError, "share no coordinate system"),
     "no common system with spots": (
         lambda s: elsewhere(s, "spots"), {"low_res": "spot_counts"}, (ValueError, KeyError), "coordinate system",
     ),
     "negative": (
         lambda s: spoil_values(s, set_to((0, 20, 20), -1)), {}, ValueError,
-        r"the map 'counts' of section 'section' holds negative values \(down to -1\); it must hold counts",
+        r"the map 'counts' holds negative values \(down to -1\); it must hold counts",
     ),
     "infinite": (lambda s: spoil_values(s, set_to((1, 20, 20), np.inf)), {}, ValueError, "holds infinite values"),
     "negative low resolution": (
@@ -525,7 +529,7 @@ def test_bad_input_is_refused_and_the_model_left_as_it_was(section, before, what
         (
             {"image_channels": 4},
             {},
-            r"has 3 channels \(r, g, b\) and the model takes 4; construct it with image_channels=3",
+            r"images of 4 channels, and 'he' has 3 \(r, g, b\).*a model with image_channels=3",
         ),
         ({"bin_um": 20.0}, {}, r"has bins of 10 µm and the model is for 20 µm; construct it with bin_um=10"),
         (

@@ -23,7 +23,7 @@ from stgen._spatial.records import shallow_copy
 from stgen._spatial.section import get_section
 from stgen.kriging import Places
 from stgen.tl.superresolution import one_section as _one_section
-from stgen.tl.superresolution import section_input as _section_input
+from stgen.tl.superresolution import superresolve as _superresolve
 from stgen.tl.superresolution.section_model import SectionModel, components
 from stgen.tl.superresolution.superresolve import superresolve
 
@@ -207,7 +207,7 @@ def with_hole(section):
 
 @pytest.mark.parametrize("reach", [3.0, 1.3])
 def test_tissue_of_the_image_is_filled_as_far_as_three_pitches(monkeypatch, section, reach):
-    monkeypatch.setattr(_section_input, "REACH", reach)
+    monkeypatch.setattr(_one_section.OneSection, "tissue_reach", reach)
     found = run(with_hole(section), genes=["EPCAM"])
     known, distance = np.isfinite(values_of(found)[0]), distance_to_spots(found)
     hole = np.hypot(*(np.mgrid[:N_BINS, :N_BINS] + 0.5 - np.array([32, 24])[:, None, None])) < 12.5
@@ -401,7 +401,7 @@ def test_nothing_is_left_of_a_store_that_fails(monkeypatch, section, tmp_path):
     def fail(*_, **__):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr(_section_input.MeasuredSection, "table", fail)
+    monkeypatch.setattr(_superresolve, "spot_table", fail)
     sdata = shallow_copy(section)
     before = state(sdata)
     with pytest.raises(RuntimeError, match="on the way"):
@@ -417,9 +417,9 @@ def residual(sdata, counts, values, low_res="spot_counts"):
     """Measured counts less those of a map, in the spots that lie on the grid, in parts of the measured."""
     grid = Grid.of_map(sdata, "superresolved")
     spots = measurement_of(sdata, low_res, grid, ["EPCAM"])
-    inside = (spots.centers > 2.5).all(1) & (spots.centers < N_BINS - 2.5).all(1)
+    inside = (spots.footprints.centers > 2.5).all(1) & (spots.footprints.centers < N_BINS - 2.5).all(1)
     assert inside.sum() >= 30
-    return (np.abs(spots.pool(values) - counts) / np.maximum(counts, 1))[inside]
+    return (np.abs(spots.footprints.pool(values) - counts) / np.maximum(counts, 1))[inside]
 
 
 def test_with_consistency_spots_hold_what_was_measured(section, genes):
@@ -564,8 +564,8 @@ def test_a_map_of_low_resolution_is_what_was_measured(mapped, options, n_bins):
     assert found.attrs["stgen"]["superresolved"]["bin_um"] == pytest.approx(80 / n_bins)
     grid = Grid.of_map(found, "superresolved")
     measured = measurement_of(mapped, "counts_8x", grid, ["EPCAM", "COL1A1", "ACTB"])
-    whole = np.isclose(measured.area, n_bins**2)
-    pooled = measured.pool(values_of(found))
+    whole = np.isclose(measured.footprints.area, n_bins**2)
+    pooled = measured.footprints.pool(values_of(found))
     assert whole.sum() >= 30
     np.testing.assert_allclose(pooled[whole], measured.counts[whole], rtol=1e-3, atol=1e-3)
     table = found[TABLE]
@@ -932,7 +932,7 @@ def no_work(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("work was begun")
 
-    for module, name in ((_section_input, "bin_features"), (_one_section, "SectionModel"), (_one_section, "MapResult")):
+    for module, name in ((_one_section, "bin_features"), (_one_section, "SectionModel"), (_superresolve, "MapResult")):
         monkeypatch.setattr(module, name, refuse)
 
 
@@ -978,7 +978,7 @@ def test_maps_with_gaps_of_their_own_are_refused(no_work, mapped):
 
 def test_more_than_fits_in_memory_is_refused_unless_it_goes_to_a_store(monkeypatch, section, tmp_path):
     n_bytes = 4 * 2 * N_BINS**2
-    monkeypatch.setattr(_one_section, "MOST_BYTES", n_bytes)
+    monkeypatch.setattr(_superresolve, "MOST_BYTES", n_bytes)
     run(section, genes=["EPCAM", "ACTB"])
     before = state(section)
     with pytest.raises(ValueError, match="(?s)12 genes in 64 x 64 bins.*store=.*fewer genes.*larger bin_um"):
@@ -992,7 +992,7 @@ def test_more_than_fits_in_memory_is_refused_unless_it_goes_to_a_store(monkeypat
 
 
 def test_more_spots_than_fit_in_memory_are_refused(monkeypatch, no_work, section):
-    monkeypatch.setattr(_section_input, "MOST", 31)
+    monkeypatch.setattr(_one_section, "MOST", 31)
     before = state(section)
     with pytest.raises(ValueError, match="(?s)more than the 31.*pp.rasterize.*bounding_box_query"):
         run(section, copy=False)

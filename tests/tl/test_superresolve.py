@@ -16,11 +16,11 @@ from stgen import models, pp, tl
 from stgen._spatial.grid import Grid
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import provenance, record, shallow_copy, write_image
+from stgen.data import MapInputs
 from stgen.diffusion import Diffusion
-from stgen.models import MapDiffusionModel
-from stgen.tl.superresolution import windows as _windows
+from stgen.models import MapDiffusionModel, _map_sampler
+from stgen.models._map_sampler import NetworkSampler, SamplingOptions
 from stgen.tl.superresolution.superresolve import superresolve
-from stgen.tl.superresolution.windows import Section, Tiling
 
 GENES = ["EPCAM", "COL1A1", "ACTB"]
 STEPS = 3
@@ -111,10 +111,10 @@ def pooled_error(sdata, low_res, key="superresolved"):
     """Largest relative difference between what was measured and the map summed over it."""
     grid = Grid.of_map(sdata, key)
     measurement = measurement_of(sdata, low_res, grid, GENES)
-    radius = measurement.diameter / 2
-    inside = (measurement.centers >= radius).all(1)
-    inside &= (measurement.centers <= np.array([grid.height, grid.width]) - radius).all(1)
-    pooled = measurement.pool(values_of(sdata, key))[inside]
+    radius = measurement.footprints.diameter / 2
+    inside = (measurement.footprints.centers >= radius).all(1)
+    inside &= (measurement.footprints.centers <= np.array([grid.height, grid.width]) - radius).all(1)
+    pooled = measurement.footprints.pool(values_of(sdata, key))[inside]
     counts = measurement.counts[inside]
     assert inside.sum() > 10
     off = np.abs(pooled - counts)
@@ -332,7 +332,7 @@ def test_only_the_requested_genes_are_sampled(section, monkeypatch):
 def test_genes_are_sampled_in_parts_that_fit_into_memory(section, monkeypatch):
     model, options = c3diff(), {**QUICK, "low_res": "low", "tile": 60, "keep_samples": True}
     superresolve(section, "he", model=model, **options)
-    monkeypatch.setattr(_windows, "MOST_VALUES", 2 * 2 * 60 * 60)  # two genes of two samples
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 2 * 2 * 60 * 60)  # two genes of two samples
     seen, sample = [], type(model).sample
     monkeypatch.setattr(
         type(model),
@@ -347,15 +347,19 @@ def test_genes_are_sampled_in_parts_that_fit_into_memory(section, monkeypatch):
     assert pooled_error(section, "low", "parts") < 1e-3
 
 
-def test_tile_of_a_gene_wise_model_does_not_shrink_with_its_genes(section, monkeypatch):
-    grid = Grid.of_image(section, "he", bin_um=10)
-    monkeypatch.setattr(_windows, "MOST_VALUES", 4 * (20 + 2 * 32) ** 2 + 1)
+def plan_of(model, tile=None, *, n_samples=4, measurement=None, consistency=False):
+    """How a model would make the maps of the whole grid."""
+    inputs = MapInputs(np.ones((60, 60), bool), measurement=measurement)
+    options = SamplingOptions(n_samples=n_samples, batch_size=n_samples, tile=tile, consistency=consistency)
+    return NetworkSampler(model, inputs, model.genes, options)
+
+
+def test_tile_of_a_gene_wise_model_does_not_shrink_with_its_genes(monkeypatch):
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 4 * (20 + 2 * 32) ** 2 + 1)
     for n_genes in (1, 50):
-        plain = Section(c3diff([f"g{i}" for i in range(n_genes)]), grid, None, None, np.ones((60, 60), bool))
-        tiling = Tiling.plan(plain, None, batch=4, consistency=False)
-        assert (tiling.tile, tiling.margin) == (20, 32)
-        (*_, window) = tiling.windows(plain.tissue)
-        parts = _windows.gene_parts(plain, window, n_genes, batch=4)
+        plain = plan_of(c3diff([f"g{i}" for i in range(n_genes)]))
+        assert (plain.tiling.tile, plain.tiling.margin) == (20, 32)
+        parts = plain.parts
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n_genes))
 
 
@@ -366,7 +370,7 @@ def test_gene_wise_model_needs_low_resolution_data_only_if_it_never_missed_them(
         ValueError, match=r"C3Diff was fitted with low-resolution expression and needs it: pass low_res="
     ):
         superresolve(section, "he", model=c3diff(p_missing=0.0), key_added="other", **QUICK)
-    with pytest.raises(KeyError, match=r"1 gene\(s\) unknown to the model: NOPE"):
+    with pytest.raises(KeyError, match="1 of 1 genes unknown to the C3Diff: NOPE"):
         superresolve(section, "he", ["NOPE"], model=c3diff(), key_added="other", **QUICK)
     assert "other" not in section.images
 
@@ -481,11 +485,9 @@ def test_result_does_not_depend_on_the_tile_with_consistency(section, low_res, f
     np.testing.assert_allclose(values_of(section, "sixteen"), values_of(section, "one"), rtol=1e-4, atol=1e-4)
 
 
-def test_windows_tile_the_grid(section, model):
-    grid = Grid.of_image(section, "he", bin_um=10)
-    tissue = np.ones((grid.height, grid.width), bool)
-    plain = Section(model, grid, None, None, tissue)
-    tiling = Tiling.plan(plain, 14, batch=2, consistency=False)
+def test_windows_tile_the_grid(model):
+    tissue = np.ones((60, 60), bool)
+    tiling = plan_of(model, 14, n_samples=2).tiling
     assert (tiling.height, tiling.width) == (60, 60)
     seen = np.zeros((60, 60), int)
     for window in tiling.windows(tissue):
@@ -509,7 +511,7 @@ def test_every_bin_and_every_disc_comes_from_one_window(section, tile):
     grid = Grid.of_image(section, "he", bin_um=10)
     measurement = measurement_of(section, "spot_counts", grid, GENES)
     tissue = np.ones((grid.height, grid.width), bool)
-    tiling = Tiling.plan(Section(model, grid, None, measurement, tissue), tile, batch=2, consistency=True)
+    tiling = plan_of(model, tile, n_samples=2, measurement=measurement, consistency=True).tiling
     owner = np.full((60, 60), -1)
     for number, window in enumerate(tiling.windows(tissue)):
         top, left, rows, columns = window.outer
@@ -555,14 +557,12 @@ def test_a_model_that_takes_one_size_of_window_gets_it(simulated, low_res, facto
         superresolve(section, "he", model=model, low_res=low_res, key_added="other", **QUICK)
 
 
-def test_the_default_tile_keeps_memory_within_bounds(section, model, monkeypatch):
-    grid = Grid.of_image(section, "he", bin_um=10)
-    plain = Section(model, grid, None, None, np.ones((60, 60), bool))
-    assert Tiling.plan(plain, None, batch=4, consistency=False).tile == 60
-    monkeypatch.setattr(_windows, "MOST_VALUES", 4 * 3 * (20 + 2 * model.halo) ** 2 + 1)
-    assert Tiling.plan(plain, None, batch=4, consistency=False).tile == 20
-    monkeypatch.setattr(_windows, "MOST_VALUES", 1)
-    assert Tiling.plan(plain, None, batch=4, consistency=False).tile == model.align
+def test_the_default_tile_keeps_memory_within_bounds(model, monkeypatch):
+    assert plan_of(model).tiling.tile == 60
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 4 * 3 * (20 + 2 * model.halo) ** 2 + 1)
+    assert plan_of(model).tiling.tile == 20
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 1)
+    assert plan_of(model).tiling.tile == model.align
 
 
 # ---- consistency ----------------------------------------------------------------------------------------------------
@@ -821,7 +821,7 @@ def blank(sdata):
         (None, {"tile": 30}, ValueError, r"multiple of 4 bins.*found 30\. The next that fits is 32"),
         (None, {"tile": 2}, ValueError, r"found 2\. The next that fits is 4"),
         (None, {"tile": 0}, ValueError, r"found 0\. The next that fits is 4"),
-        (None, {"genes": ["EPCAM", "NOPE"]}, KeyError, r"1 gene\(s\) unknown to the model: NOPE"),
+        (None, {"genes": ["EPCAM", "NOPE"]}, KeyError, "1 of 2 genes unknown to the .*: NOPE"),
         (None, {"genes": []}, ValueError, "at least one gene"),
         (None, {"genes": ["EPCAM", "EPCAM"]}, ValueError, "each once"),
         (None, {"image_key": "he2"}, KeyError, "'he2'.*found he"),

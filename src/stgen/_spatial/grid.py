@@ -16,9 +16,10 @@ from spatialdata.transformations import Sequence as Chain
 from xarray import DataArray
 
 from stgen._checks import check_positive, listed, only_key
+from stgen._spatial.coordinates import choose_system, systems_of
 from stgen._spatial.image import Histology, affine_to, element_of, histology_of, image_levels, image_of, is_micrometers
 from stgen._spatial.platforms import spot_pitch
-from stgen._spatial.section import annotated_region, centroids, get_section, shared_system
+from stgen._spatial.section import Locations, annotated_region, centroids, locate, shared_system
 
 __all__ = [
     "TOLERANCE",
@@ -87,14 +88,24 @@ class Grid:
         """
         only_key(sdata.images, image_key, argument="image_key", what="image")
         check_positive("bin_um", bin_um)
-        image = image_of(sdata, image_key, mpp=mpp)
+        return cls.over(
+            image_of(sdata, image_key, mpp=mpp),
+            image_key,
+            get_transformation(sdata.images[image_key], get_all=True),
+            bin_um=bin_um,
+        )
+
+    @classmethod
+    def over(
+        cls, image: Histology, image_key: str, transformations: dict[str, BaseTransformation], *, bin_um: float
+    ) -> Grid:
+        """As :meth:`of_image`, once the image is found."""
         height, width = (int(n * image.mpp / bin_um + TOLERANCE) for n in (image.height, image.width))
         if min(height, width) == 0:
             raise ValueError(
                 f"Bins of {bin_um:g} µm are larger than the image {image_key!r}, which is {image.width * image.mpp:.4g} x "
                 f"{image.height * image.mpp:.4g} µm. Pass a smaller bin_um, or check mpp."
             )
-        transformations = get_transformation(sdata.images[image_key], get_all=True)
         return cls(height, width, float(bin_um), scaled(transformations, bin_um / image.mpp))
 
     @classmethod
@@ -107,24 +118,27 @@ class Grid:
             If the µm per unit of their coordinates are not known, or there are too few spots to know their pitch.
         """
         check_positive("bin_um", bin_um)
-        table = sdata.tables[table_key]
-        region, _ = annotated_region(sdata, table, table_key, None)
-        spots = get_section(sdata, table_key=table_key, mpp=mpp)
-        if spots.mpp is None:
+        region, _ = annotated_region(sdata, sdata.tables[table_key], table_key, None)
+        return cls.around(locate(sdata, table_key, shared_system(sdata, [region])), table_key, bin_um=bin_um, mpp=mpp)
+
+    @classmethod
+    def around(cls, spots: Locations, table_key: str, *, bin_um: float, mpp: float | None = None) -> Grid:
+        """As :meth:`of_spots`, once the spots are located."""
+        um_per_unit = spots.um_per_unit() if mpp is None else mpp
+        if um_per_unit is None:
             raise ValueError(
                 f"The µm per unit of the locations of {table_key!r} are not known: no coordinate system is named micrometers, "
                 "and they are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per unit>."
             )
-        system = shared_system([region], [sdata[region]], None)
-        unit, margin = bin_um / spots.mpp, spot_pitch(spots.xy_px)[0]
+        unit, margin = bin_um / um_per_unit, spot_pitch(spots.xy)[0]
         if not np.isfinite(margin):
             raise ValueError(
-                f"The pitch of the {len(spots.xy_px)} spots of {table_key!r} is not known: fewer than 7 lie in places of their own."
+                f"The pitch of the {len(spots.xy)} spots of {table_key!r} is not known: fewer than 7 lie in places of their own."
             )
-        low, high = spots.xy_px.min(0) - margin, spots.xy_px.max(0) + margin
+        low, high = spots.xy.min(0) - margin, spots.xy.max(0) + margin
         width, height = np.ceil((high - low) / unit).astype(int)
         place = Chain([Scale([unit, unit], axes=("x", "y")), Translation(list(low), axes=("x", "y"))])
-        return cls(int(height), int(width), float(bin_um), {system: place})
+        return cls(int(height), int(width), float(bin_um), {spots.system: place})
 
     def refined(self, factor: int, shape: tuple[int, int] | None = None) -> Grid:
         """The same area in bins ``factor`` times finer; of ``shape``, where the last bins reach beyond what was measured."""
@@ -141,22 +155,8 @@ class Grid:
         ValueError
             If they share none.
         """
-        theirs = list(get_transformation(_element(sdata, key), get_all=True))
-        found = f"the grid: {listed(self.transformations)}; {key!r}: {listed(theirs)}"
-        shared = [name for name in self.transformations if name in theirs]
-        if coordinate_system is not None:
-            if coordinate_system not in shared:
-                raise KeyError(
-                    f"The grid and {key!r} do not share the coordinate system {coordinate_system!r}; found {found}."
-                )
-            return coordinate_system
-        if not shared:
-            raise ValueError(
-                f"The grid and {key!r} share no coordinate system ({found}). Align them with "
-                "spatialdata.transformations.set_transformation(element, transformation, to_coordinate_system=...)."
-            )
-        micrometers = [name for name in shared if is_micrometers(name)]
-        return (micrometers or [name for name in shared if name == "global"] or shared)[0]
+        systems = {"the grid": list(self.transformations), repr(key): systems_of(_element(sdata, key))}
+        return choose_system(systems, coordinate_system)
 
     def to_system(self, system: str) -> np.ndarray:
         """The 3 x 3 matrix over x, y from bin coordinates to a coordinate system."""
@@ -189,8 +189,11 @@ class Grid:
         """Share of the grid's area that an image covers."""
         only_key(sdata.images, image_key, argument="image_key", what="image")
         sizes = image_levels(sdata.images[image_key])[0].sizes
-        to_bins = np.linalg.inv(self.to_element(sdata, image_key, coordinate_system))
-        image = Polygon(apply_affine(to_bins, corners_of(sizes["x"], sizes["y"])))
+        return self.covered_by(self.to_element(sdata, image_key, coordinate_system), sizes["x"], sizes["y"])
+
+    def covered_by(self, to_pixels: np.ndarray, width: float, height: float) -> float:
+        """Share of the grid's area that an image of a size in pixels covers; ``to_pixels`` is the matrix from bins to these."""
+        image = Polygon(apply_affine(np.linalg.inv(to_pixels), corners_of(width, height)))
         return float(image.intersection(box(0, 0, self.width, self.height)).area / (self.width * self.height))
 
     def from_system(self, xy: np.ndarray, system: str) -> np.ndarray:
@@ -211,7 +214,7 @@ class ImageWindow:
     Parameters
     ----------
     image
-        The image, with ``mpp=1``.
+        The image.
     matrix
         From bin coordinates to pixels of the image's finest level, 3 x 3 over x, y.
     px_per_bin
@@ -247,7 +250,7 @@ class ImageWindow:
         low, high = corners.min(0), corners.max(0)
         if self._turn is None:
             return self._interpolated(y0, x0, height, width, low, high)
-        pixels = self._image.read(*low, *(high - low), mpp=self._step)
+        pixels = self._image.read(*low, *(high - low), mpp=self._step * self._image.mpp)
         if self._turn[0, 0] == 0:  # the image's x runs along the grid's y
             pixels = pixels.transpose(0, 2, 1)
         flipped = np.flatnonzero(self._turn.sum(0)[::-1] < 0) + 1
@@ -256,7 +259,7 @@ class ImageWindow:
     def _interpolated(self, y0: int, x0: int, height: int, width: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Read a raster that starts at the image's corner, so that it is the same one for every window."""
         low, high = np.floor(low / self._step).astype(int) - 2, np.ceil(high / self._step).astype(int) + 2
-        raster = self._image.read(*(low * self._step), *((high - low) * self._step), mpp=self._step)
+        raster = self._image.read(*(low * self._step), *((high - low) * self._step), mpp=self._step * self._image.mpp)
         y = y0 + (np.arange(height * self.px_per_bin) + 0.5) / self.px_per_bin
         x = x0 + (np.arange(width * self.px_per_bin) + 0.5) / self.px_per_bin
         centers = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), -1)

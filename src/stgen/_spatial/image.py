@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -159,6 +160,14 @@ class Histology:
     def n_channels(self) -> int:
         """Number of channels, alpha not counted."""
         return len(self.channels)
+
+    def with_mpp(self, mpp: float) -> Histology:
+        """The same image, taken to have other µm per pixel."""
+        if not (np.isfinite(mpp) and mpp > 0):
+            raise ValueError(f"µm per pixel must be a positive number, found {mpp!r}; pass mpp=<µm per pixel>.")
+        other = copy(self)
+        other.mpp = float(mpp)
+        return other
 
     def __repr__(self) -> str:
         size = f"{self.width} x {self.height} px at {self.mpp:.4g} µm"

@@ -6,7 +6,6 @@ import logging
 
 import numpy as np
 import shapely
-from shapely import Polygon, box
 from spatialdata import SpatialData
 from xarray import DataArray, DataTree
 
@@ -39,7 +38,9 @@ def finest_mask(element: DataArray | DataTree, key: str) -> DataArray:
     return mask.transpose("y", "x")
 
 
-def labels_window(sdata: SpatialData, labels_key: str, grid: Grid, *, px_per_bin: int) -> LabelsWindow:
+def labels_window(
+    sdata: SpatialData, labels_key: str, grid: Grid, *, px_per_bin: int, coordinate_system: str | None = None
+) -> LabelsWindow:
     """A reader of a mask on a grid.
 
     Raises
@@ -53,14 +54,14 @@ def labels_window(sdata: SpatialData, labels_key: str, grid: Grid, *, px_per_bin
     """
     only_key(sdata.labels, labels_key, argument="labels_key", what="mask in sdata.labels")
     mask = finest_mask(sdata.labels[labels_key], labels_key)
-    matrix = grid.to_element(sdata, labels_key)
+    system = grid.shared_system(sdata, labels_key, coordinate_system)
+    matrix = grid.to_element(sdata, labels_key, system)
     height, width = mask.shape
-    corners = apply_affine(np.linalg.inv(matrix), np.array([[0, 0], [width, 0], [width, height], [0, height]]))
-    covered = Polygon(corners).intersection(box(0, 0, grid.width, grid.height)).area / (grid.width * grid.height)
+    covered = grid.covered_by(matrix, width, height)
     if covered <= 0:
         raise ValueError(
             f"the labels {labels_key!r} ({height} x {width} pixels) and the map do not overlap in the coordinate system "
-            f"{grid.shared_system(sdata, labels_key)!r}. Correct the transformation of one of them "
+            f"{system!r}. Correct the transformation of one of them "
             "(spatialdata.transformations.set_transformation), or outline the nuclei of the image that goes with the map: "
             "stgen.pp.segment_nuclei."
         )

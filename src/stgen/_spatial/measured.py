@@ -12,10 +12,11 @@ from spatialdata import SpatialData
 from stgen._checks import listed
 from stgen._spatial.counts import get_counts
 from stgen._spatial.grid import TOLERANCE, Grid, corners_of, get_map, map_counts_checked
-from stgen._spatial.section import annotated_region, get_section
-from stgen.measurement import Measurement
+from stgen._spatial.image import affine_to
+from stgen._spatial.section import Locations, annotated_region, locate
+from stgen.measurement import Footprints, Measurement
 
-__all__ = ["measurement_of"]
+__all__ = ["check_on_grid", "footprints_of", "measured_bins", "measurement_of"]
 
 
 def measurement_of(
@@ -56,15 +57,25 @@ def measurement_of(
     if low_res in sdata.images:
         if layer is not None:
             raise ValueError(f"layer={layer!r} is for tables, and {low_res!r} is a map: leave it out.")
-        measurement = _measured_bins(sdata, low_res, grid, list(genes), coordinate_system)
+        system = grid.shared_system(sdata, low_res, coordinate_system)
+        measurement = measured_bins(sdata, low_res, grid, genes, system)
     elif low_res in sdata.tables:
-        measurement = _measured_spots(sdata, low_res, grid, list(genes), layer, coordinate_system)
+        region, _ = annotated_region(sdata, sdata.tables[low_res], low_res, None)
+        spots = locate(sdata, low_res, grid.shared_system(sdata, region, coordinate_system))
+        counts = get_counts(sdata.tables[low_res], genes=genes, layer=layer)
+        measurement = Measurement(footprints_of(spots, low_res, grid), counts, tuple(genes))
     else:
         raise KeyError(
             f"There is no map or table {low_res!r}; the images are {listed(sdata.images)}, the tables "
             f"{listed(sdata.tables)}. Pass low_res=<a map, or the table of spots>."
         )
-    centers, reach = measurement.centers, measurement.diameter / 2
+    check_on_grid(measurement.footprints, low_res, grid)
+    return measurement
+
+
+def check_on_grid(footprints: Footprints, low_res: str, grid: Grid) -> None:
+    """Refuse a measurement of which nothing lies on the grid."""
+    centers, reach = footprints.centers, footprints.diameter / 2
     if not ((centers > -reach) & (centers < np.array([grid.height, grid.width]) + reach)).all(1).any():
         raise ValueError(
             f"Nothing of {low_res!r} was measured on the grid of {grid.width} x {grid.height} bins: "
@@ -75,14 +86,14 @@ def measurement_of(
             )
             + "Check the coordinate systems of both."
         )
-    return measurement
 
 
-def _measured_bins(
-    sdata: SpatialData, low_res: str, grid: Grid, genes: list[str], coordinate_system: str | None
+def measured_bins(
+    sdata: SpatialData, low_res: str, grid: Grid, genes: Sequence[str] | None, system: str
 ) -> Measurement:
+    """The bins of a map, on a finer grid; of all its genes by default."""
     low = get_map(sdata, low_res, genes)
-    factor, offset = _block_of(sdata, low_res, grid, coordinate_system)
+    factor, offset = _block_of(sdata, low_res, grid, system)
     area = sdata.labels.get(f"{low_res}_area")  # written by pp.degrade
     if area is not None:
         area = np.asarray(area.data)
@@ -94,14 +105,20 @@ def _measured_bins(
         pooled = sdata.attrs.get("stgen", {}).get(low_res, {}).get("factor", factor)
         area = area * (factor / pooled) ** 2  # counted in bins of the map that was pooled, which may not be the grid's
     values = map_counts_checked(low.data, f"The map {low_res!r}")
-    measurement = Measurement.from_map(values, factor, area)
-    return replace(measurement, centers=measurement.centers + offset)
+    unknown = np.isnan(values)
+    if genes is None and (unknown.any(0) != unknown.all(0)).any():
+        raise ValueError(
+            f"in some bins of {low_res!r}, some genes are NaN and others are not; make them all NaN, or none."
+        )
+    measurement = Measurement.from_map(values, factor, area, [str(name) for name in low.coords["c"].values])
+    moved = replace(measurement.footprints, centers=measurement.footprints.centers + offset)
+    return replace(measurement, footprints=moved)
 
 
-def _block_of(sdata: SpatialData, low_res: str, grid: Grid, coordinate_system: str | None) -> tuple[int, np.ndarray]:
+def _block_of(sdata: SpatialData, low_res: str, grid: Grid, system: str) -> tuple[int, np.ndarray]:
     """How many bins of the grid a side of a low-resolution bin has, and where the first one begins, as y, x in bins."""
     sizes = sdata.images[low_res].sizes
-    matrix = np.linalg.inv(grid.to_element(sdata, low_res, coordinate_system))
+    matrix = np.linalg.inv(grid.to_element(sdata, low_res, system))
     found = f"A bin of {low_res!r} is {np.sqrt(abs(np.linalg.det(matrix[:2, :2]))):.6g} bins of the grid ({grid.bin_um:.4g} µm)"
     factor = max(1, round(matrix[0, 0]))
     corners = corners_of(sizes["x"], sizes["y"])
@@ -124,37 +141,22 @@ def _block_of(sdata: SpatialData, low_res: str, grid: Grid, coordinate_system: s
     return factor, np.round(offset)
 
 
-def _measured_spots(
-    sdata: SpatialData, low_res: str, grid: Grid, genes: list[str], layer: str | None, coordinate_system: str | None
-) -> Measurement:
-    table = sdata.tables[low_res]
-    region, _ = annotated_region(sdata, table, low_res, None)
-    system = grid.shared_system(sdata, region, coordinate_system)
-    spots = get_section(sdata, table_key=low_res, coordinate_system=system, mpp=1.0)  # in units of the system
-    centers = grid.from_system(spots.xy_px, system)
-    if spots.spot_diameter_um is not None:
-        unit = np.sqrt(abs(np.linalg.det(grid.to_system(system)[:2, :2])))
-        diameter, shape = float(spots.spot_diameter_um / unit), "disc"
-        size = np.pi * (diameter / 2) ** 2
-    else:
-        diameter, shape = (
-            _side_of_squares(sdata[region], np.linalg.inv(grid.to_element(sdata, region, system))),
-            "square",
+def footprints_of(spots: Locations, low_res: str, grid: Grid) -> Footprints:
+    """What the rows of a table measured, on a finer grid: circles of one size, or squares of one size along it."""
+    centers = np.ascontiguousarray(grid.from_system(spots.xy, spots.system))
+    if spots.diameter is not None:
+        unit = np.sqrt(abs(np.linalg.det(grid.to_system(spots.system)[:2, :2])))
+        diameter = float(spots.diameter / unit)
+        return Footprints(centers, diameter, "disc", np.full(len(centers), np.pi * (diameter / 2) ** 2))
+    to_bins = np.linalg.inv(grid.to_system(spots.system)) @ affine_to(spots.element, spots.system)[0]
+    side = _side_of_squares(spots.element, to_bins)
+    if side is None:
+        raise ValueError(
+            f"The table {low_res!r} annotates {spots.region!r}, which are neither circles of one size nor squares of one "
+            "size along the grid, so it is not known what each row measured. Pass a table of spots, or make a map "
+            f"of it: stgen.pp.rasterize(sdata, table_key={low_res!r}, ...)."
         )
-        if diameter is None:
-            raise ValueError(
-                f"The table {low_res!r} annotates {region!r}, which are neither circles of one size nor squares of one "
-                "size along the grid, so it is not known what each row measured. Pass a table of spots, or make a map "
-                f"of it: stgen.pp.rasterize(sdata, table_key={low_res!r}, ...)."
-            )
-        size = diameter**2
-    return Measurement(
-        counts=get_counts(table, genes=genes, layer=layer),
-        centers=np.ascontiguousarray(centers),
-        diameter=diameter,
-        shape=shape,
-        area=np.full(len(centers), size),
-    )
+    return Footprints(centers, side, "square", np.full(len(centers), side**2))
 
 
 def _side_of_squares(element: Any, to_bins: np.ndarray) -> float | None:
@@ -170,6 +172,3 @@ def _side_of_squares(element: Any, to_bins: np.ndarray) -> float | None:
     turn = np.abs(to_bins[:2, :2] / scale)
     along = np.abs(turn - np.round(turn)).max() < 0.01
     return side * scale if squares and along else None
-
-
-# -- coordinates ------------------------------------------------------------------------------------------------------

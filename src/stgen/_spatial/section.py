@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData, get_centroids
-from spatialdata.transformations import get_transformation
 from xarray import DataArray
 
 from stgen._checks import listed, only_key
+from stgen._spatial.coordinates import choose_system, systems_of
 from stgen._spatial.counts import check_not_empty
 from stgen._spatial.image import (
     Histology,
@@ -206,10 +206,45 @@ def _section_from_spatialdata(
     check_not_empty(table)
     if need_image or image_key is not None:
         image_key = find_image(sdata, image_key)
-    region, instances = annotated_region(sdata, table, table_key, shapes_key)
-    keys = [region] if image_key is None else [image_key, region]
-    system = shared_system(keys, [element_of(sdata, key) for key in keys], coordinate_system)
+    region, _ = annotated_region(sdata, table, table_key, shapes_key)
+    system = shared_system(sdata, [region] if image_key is None else [image_key, region], coordinate_system)
+    spots = locate(sdata, table_key, system)
+    xy, diameter = spots.xy, spots.diameter
+    if image_key is None:
+        scale = mpp if mpp is not None else spots.um_per_unit()
+        spot_um = None if scale is None or diameter is None else diameter * scale
+        return Section(table, None, xy, scale, spot_um, table_key=table_key)
+    matrix, scale = affine_to(sdata.images[image_key], system)
+    mpp = image_mpp(sdata, image_key, system, spots) if mpp is None else mpp
+    xy_px = (np.column_stack([xy, np.ones(len(xy))]) @ np.linalg.inv(matrix).T)[:, :2]
+    image = histology_of(sdata, image_key, mpp=mpp)
+    spot_um = None if diameter is None else diameter * mpp / scale
+    return Section(table, image, xy_px, image.mpp, spot_um, image_key=image_key, table_key=table_key)
 
+
+@dataclass(frozen=True)
+class Locations:
+    """Where the rows of a table lie, in a coordinate system."""
+
+    region: str
+    """The element that the table annotates."""
+    element: Any
+    system: str
+    xy: np.ndarray
+    """Shape ``(n, 2)``."""
+    diameter: float | None
+    """Of the spots, if they are circles of one size."""
+
+    def um_per_unit(self) -> float | None:
+        """µm per unit of the coordinate system, by its name, by those of Visium HD's bins, or by the pitch of Visium spots."""
+        if is_micrometers(self.system):
+            return 1.0
+        return um_per_unit_of_bins(self.element, self.region, self.system) or mpp_from_pitch(self.xy, self.diameter)
+
+
+def locate(sdata: SpatialData, table_key: str, system: str) -> Locations:
+    """Where the rows of a table lie."""
+    region, instances = annotated_region(sdata, sdata.tables[table_key], table_key, None)
     element = sdata[region]
     centers = centroids(element, system)
     position = centers.index.get_indexer(instances)
@@ -223,31 +258,39 @@ def _section_from_spatialdata(
     radii = element["radius"].to_numpy() if "radius" in getattr(element, "columns", ()) else np.empty(0)
     one_size = radii.size > 0 and np.ptp(radii) <= 0.01 * radii.mean()
     diameter = spot_diameter(xy, float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None)
+    return Locations(region, element, system, xy, diameter)
 
-    um_per_unit = 1.0 if is_micrometers(system) else None
-    if image_key is None:
-        scale = mpp if mpp is not None else um_per_unit or um_per_unit_of_bins(element, region, system)
-        scale = scale or mpp_from_pitch(xy, diameter)
-        spot_um = None if scale is None or diameter is None else diameter * scale
-        return Section(table, None, xy, scale, spot_um, table_key=table_key)
-    matrix, scale = affine_to(sdata.images[image_key], system)
-    if mpp is None:
-        um_per_unit = um_per_unit or micrometers_per_unit(sdata.images[image_key], scale)
-        of_slide = slide_mpp(sdata, image_key)
-        um_per_unit = um_per_unit or (None if of_slide is None else of_slide / scale)
-        um_per_unit = um_per_unit or um_per_unit_of_bins(element, region, system) or mpp_from_pitch(xy, diameter)
-        if um_per_unit is None:
-            raise ValueError(
-                f"The µm per pixel of the image {image_key!r} are not known: no coordinate system is named "
-                f"micrometers ({listed(get_transformation(sdata.images[image_key], get_all=True))}) and the locations "
-                "are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per image pixel> (0.2125 for a full-resolution "
-                "Xenium image), or add a micrometer coordinate system: stgen.pp.name_micrometers(...)."
+
+def image_mpp(sdata: SpatialData, image_key: str, system: str, spots: Locations | None = None) -> float:
+    """µm per pixel of an image: by a micrometer system, by what a slide says of itself, or by the spots that lie on it.
+
+    Raises
+    ------
+    ValueError
+        If nothing tells.
+    """
+    image = sdata.images[image_key]
+    scale = affine_to(image, system)[1]
+    um_per_unit = 1.0 if is_micrometers(system) else micrometers_per_unit(image, scale)
+    if um_per_unit is not None:
+        return scale * um_per_unit
+    of_slide = slide_mpp(sdata, image_key)
+    if of_slide is not None:
+        return of_slide
+    um_per_unit = None if spots is None else spots.um_per_unit()
+    if um_per_unit is None:
+        raise ValueError(
+            f"The µm per pixel of the image {image_key!r} are not known: no coordinate system is named "
+            f"micrometers ({listed(systems_of(image))}) and "
+            + (
+                "there are no locations on it"
+                if spots is None
+                else "the locations are not on a Visium grid of 100 µm pitch"
             )
-        mpp = scale * um_per_unit
-    xy_px = (np.column_stack([xy, np.ones(len(xy))]) @ np.linalg.inv(matrix).T)[:, :2]
-    image = histology_of(sdata, image_key, mpp=mpp)
-    spot_um = None if diameter is None else diameter * mpp / scale
-    return Section(table, image, xy_px, image.mpp, spot_um, image_key=image_key, table_key=table_key)
+            + ". Pass mpp=<µm per image pixel> (0.2125 for a full-resolution Xenium image), or add a micrometer coordinate "
+            "system: stgen.pp.name_micrometers(...)."
+        )
+    return scale * um_per_unit
 
 
 def find_image(sdata: SpatialData, image_key: str | None) -> str:
@@ -312,21 +355,9 @@ def annotated_region(
     return region, table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
 
 
-def shared_system(names: Sequence[str], elements: Sequence[Any], wanted: str | None) -> str:
-    of_each = [list(get_transformation(element, get_all=True)) for element in elements]
-    shared = [name for name in of_each[0] if all(name in systems for systems in of_each)]
-    found = "; ".join(f"{name!r}: {listed(systems)}" for name, systems in zip(names, of_each, strict=True))
-    if wanted is not None:
-        if wanted not in shared:
-            raise KeyError(f"The elements do not share the coordinate system {wanted!r}; found {found}.")
-        return wanted
-    if not shared:
-        raise ValueError(
-            f"The image and the locations share no coordinate system ({found}). Align them with "
-            "spatialdata.transformations.set_transformation(element, transformation, to_coordinate_system=...)."
-        )
-    micrometers = [name for name in shared if is_micrometers(name)]
-    return (micrometers or [name for name in shared if name == "global"] or shared)[0]
+def shared_system(sdata: SpatialData, keys: Sequence[str], wanted: str | None = None) -> str:
+    """The coordinate system in which elements meet, see :func:`stgen._spatial.coordinates.choose_system`."""
+    return choose_system({repr(key): systems_of(element_of(sdata, key)) for key in keys}, wanted)
 
 
 def centroids(element: Any, system: str) -> pd.DataFrame:

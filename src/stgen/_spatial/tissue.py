@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
-from spatialdata import SpatialData
+from scipy.spatial import cKDTree
 
-from stgen._spatial.grid import Grid, get_map
-from stgen._spatial.image import Histology, histology_of, image_of
-from stgen.measurement import Measurement
+from stgen._spatial.grid import Grid
+from stgen._spatial.image import Histology
+from stgen.measurement import Footprints
 
-__all__ = ["tissue_bins", "tissue_mask", "tissue_of_image"]
+__all__ = ["check_some_tissue", "tissue_mask", "tissue_near", "tissue_of_image", "with_tissue_around"]
 
 MASK_PX = 512
 BLOCK = 512  # bins along a side of what is looked at at a time
@@ -18,65 +18,59 @@ KNOWN_PX = 4096  # along the longer side of the mask of what is not NaN
 TISSUE_UM = 50.0  # how far from what is dark (or bright) tissue reaches, as pp.rasterize has it for molecules
 
 
-def tissue_bins(
-    sdata: SpatialData,
-    grid: Grid,
-    image_key: str | None,
-    measurement: Measurement | None,
-    like: str | None,
-    mpp: float | None,
-) -> np.ndarray:
-    """Which bins get a result, ``(height, width)``: where something was measured (nearby), or the image shows tissue.
-
-    None where an image is NaN.
-    """
+def tissue_near(footprints: Footprints, grid: Grid) -> np.ndarray:
+    """Bins that were measured, or lie within about a pitch of what was, shape ``(height, width)``."""
     tissue = np.zeros((grid.height, grid.width), bool)
-    if measurement is None and like is not None:
-        tissue[:] = np.isfinite(np.asarray(get_map(sdata, like).data[0]))
-    elif measurement is None:
-        tissue[:] = tissue_of_image(sdata, grid, image_key, mpp)
-    elif measurement.blocks is not None:
-        side = measurement.blocks
-        for y, x in (measurement.centers // side).astype(int) * side:
+    side = footprints.blocks
+    if side is not None:
+        for y, x in (footprints.centers // side).astype(int) * side:
             tissue[y : y + side, x : x + side] = True
-    else:
-        where = measurement.with_counts(np.empty((len(measurement), 0)))
-        for y in range(0, grid.height, BLOCK):
-            for x in range(0, grid.width, BLOCK):
-                part = tissue[y : y + BLOCK, x : x + BLOCK]
-                part[:] = where.interpolate(y, x, *part.shape)[1][0] > 0
-    if image_key is not None:
-        tissue &= _known_bins(sdata, grid, image_key)
-    if not tissue.any():
-        where = f"the image {image_key!r}" if measurement is None else "the low-resolution data"
-        raise ValueError(
-            f"there is no tissue: {where} is empty everywhere on the grid of {grid.width} x {grid.height} bins. Check "
-            "that it is the right element and that its transformation is right."
-        )
+        return tissue
+    for y in range(0, grid.height, BLOCK):
+        for x in range(0, grid.width, BLOCK):
+            part = tissue[y : y + BLOCK, x : x + BLOCK]
+            part[:] = footprints.reached(y, x, *part.shape)
     return tissue
 
 
-def tissue_of_image(sdata: SpatialData, grid: Grid, image_key: str, mpp: float | None) -> np.ndarray:
-    """Bins within 50 µm of tissue; all, where the whole image looks alike."""
-    image = image_of(sdata, image_key, mpp=mpp)
+def with_tissue_around(tissue: np.ndarray, shown: np.ndarray, footprints: Footprints, reach: float) -> np.ndarray:
+    """What was measured, and what is tissue in the image ``(shown)`` at most ``reach`` pitches from a footprint."""
+    tissue, tree = tissue.copy(), cKDTree(footprints.centers)
+    for y in range(len(tissue)):
+        x = np.flatnonzero(shown[y] & ~tissue[y])
+        places = np.column_stack([np.full(len(x), y + 0.5), x + 0.5])
+        tissue[y, x] = np.isfinite(tree.query(places, distance_upper_bound=reach * footprints.pitch)[0])
+    return tissue
+
+
+def check_some_tissue(tissue: np.ndarray, where: str) -> None:
+    """Refuse a section without any."""
+    if not tissue.any():
+        raise ValueError(
+            f"there is no tissue: {where} is empty everywhere on the grid of {tissue.shape[1]} x {tissue.shape[0]} bins. "
+            "Check that it is the right element and that its transformation is right."
+        )
+
+
+def tissue_of_image(image: Histology, to_pixels: np.ndarray, grid: Grid) -> np.ndarray:
+    """Bins within 50 µm of tissue; all, where the whole image looks alike. ``to_pixels`` is the matrix from bins."""
     mask, pixel = tissue_mask(image)
     known = image.sketch(mpp=_mask_mpp(image))[1] if image.may_be_unknown else np.ones_like(mask)
     if mask.mean() > 0.97 * known.mean():
-        return _known_bins(sdata, grid, image_key)
+        return _known_bins(image, to_pixels, grid)
     if mask.any():
         mask = known & (ndimage.distance_transform_edt(~mask) * pixel * image.mpp <= TISSUE_UM)
-    return _on_grid(mask, grid.to_element(sdata, image_key) / pixel, grid)
+    return _on_grid(mask, to_pixels / pixel, grid)
 
 
-def _known_bins(sdata: SpatialData, grid: Grid, image_key: str) -> np.ndarray:
+def _known_bins(image: Histology, to_pixels: np.ndarray, grid: Grid) -> np.ndarray:
     """Bins where an image is not NaN: all, unless its values are floats, also beyond it, where its edge is repeated."""
-    to_image = grid.to_element(sdata, image_key)
-    image = histology_of(sdata, image_key, mpp=grid.bin_um / float(np.sqrt(abs(np.linalg.det(to_image[:2, :2])))))
+    image = image.with_mpp(grid.bin_um / float(np.sqrt(abs(np.linalg.det(to_pixels[:2, :2])))))
     if not image.may_be_unknown:
         return np.ones((grid.height, grid.width), bool)
     mpp = max(image.mpp, grid.bin_um / 2, image.mpp * max(image.height, image.width) / KNOWN_PX)
     known = image.sketch(mpp=mpp)[1]
-    to_known = np.diag([known.shape[1] / image.width, known.shape[0] / image.height, 1.0]) @ to_image
+    to_known = np.diag([known.shape[1] / image.width, known.shape[0] / image.height, 1.0]) @ to_pixels
     return _on_grid(known, to_known, grid, beyond=True)
 
 

@@ -109,7 +109,7 @@ def write_geojson(
     keys = [region]
     if image_key is not None:
         keys.append(only_key(sdata.images, image_key, argument="image_key", what="image"))
-    system = shared_system(keys, [element_of(sdata, name) for name in keys], coordinate_system)
+    system = shared_system(sdata, keys, coordinate_system)
     matrix = affine_to(element_of(sdata, region), system)[0]
     if image_key is not None:
         matrix = np.linalg.inv(affine_to(sdata.images[image_key], system)[0]) @ matrix

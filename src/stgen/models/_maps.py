@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from stgen._checks import check_choice, check_positive, check_whole
-from stgen.data import Batch, MapData
+from stgen.data import Batch, MapData, MapInputs
 from stgen.diffusion import Generators, Solver
 from stgen.measurement import Kernel
 from stgen.models._base import Model, SteppedModel
 from stgen.models._layers import draw_weights
+from stgen.models._map_sampler import MapSampler, NetworkSampler, SamplingOptions
 from stgen.train import History
 from stgen.transforms import TransformName, inverse_transform
 
@@ -77,6 +78,12 @@ class MapModel(Model[MapData]):
         What the model cannot do without.
     uses_low_res
         Whether the model looks at the low-resolution data where there are any.
+    consistent
+        Whether maps are made to agree with the measurement unless that is declined.
+    tissue_reach
+        How far from what was measured tissue in the image gets a result, in pitches; 0 to leave it at what is near.
+    needs_all_genes
+        Whether it takes what was measured of all genes, not only of its own.
     needs_labels, needs_text
         Whether the model looks at a mask of nuclei (``s`` in a batch), and takes a prompt (``text``), of which
         ``embed_prompt(prompt)`` makes a vector.
@@ -88,11 +95,14 @@ class MapModel(Model[MapData]):
     uses_low_res: bool = True
     needs_labels: bool = False
     needs_text: bool = False
+    needs_all_genes: ClassVar[bool] = False
     gene_wise: ClassVar[bool] = False
     align: int = 1
     halo: int = 0
     kernel: Kernel = "gaussian"
     fixed_tile: bool = False
+    consistent: ClassVar[bool] = True
+    tissue_reach: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -131,6 +141,16 @@ class MapModel(Model[MapData]):
     def expect(self, batch: Batch) -> Tensor | None:
         """The expected map on the scale ``transform``, ``(B, G, H, W)``, if the model knows it without drawing samples."""
         return None
+
+    def sampler(self, inputs: MapInputs, genes: Sequence[str], options: SamplingOptions) -> MapSampler:
+        """What makes the maps of a section, window by window.
+
+        Raises
+        ------
+        ValueError
+            If the options do not fit the model and the section.
+        """
+        return NetworkSampler(self, inputs, genes, options)
 
     def check_window(self, height: int, width: int) -> None:
         """Refuse a window that the network cannot take."""

@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from spatialdata import SpatialData
 from xarray import DataArray
 
-from stgen._spatial.image import affine_to, element_of, histology_of, is_micrometers
+from stgen._spatial.image import affine_to, histology_of, is_micrometers
 from stgen._spatial.section import get_section, get_table, shared_system
 from stgen.pl._colors import CATEGORIES, GRAY
 from stgen.pl._map_tables import place_of
@@ -278,7 +278,7 @@ def _place_masks(sdata: SpatialData, keys: list[str], system: str | None, image_
     if image_key is not None and image_key not in sdata.images:
         raise KeyError(f"there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
     names = [*keys, *([] if image_key is None else [image_key])]
-    system = shared_system(names, [element_of(sdata, name) for name in names], system)
+    system = shared_system(sdata, names, system)
     columns, corners = {}, []
     for key in keys:
         height, width = sdata.labels[key].shape

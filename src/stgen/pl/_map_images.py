@@ -10,8 +10,8 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stgen._spatial.grid import Grid, get_map
-from stgen._spatial.image import affine_to, element_of, histology_of
-from stgen._spatial.measured import measurement_of
+from stgen._spatial.image import affine_to, histology_of
+from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import recorded_layer
 from stgen._spatial.section import annotated_region, shared_system
 from stgen.pl._panels import (
@@ -57,7 +57,7 @@ def picture_of_maps(
         get_map(sdata, key, genes)
     region = None if spots is None else annotated_region(sdata, sdata.tables[spots], spots, None)[0]
     placed_elements = [name for name in (*(counted or keys), image_key, region) if name is not None]
-    system = shared_system(placed_elements, [element_of(sdata, name) for name in placed_elements], coordinate_system)
+    system = shared_system(sdata, placed_elements, coordinate_system)
 
     grids = {key: Grid.of_map(sdata, key) for key in (counted or keys)}
     fine = min(grids.values(), key=lambda grid: grid.bin_um)
@@ -165,15 +165,16 @@ def _spots(
     sdata: SpatialData, table_key: str, layer: str | None, genes: list[str], fine: Grid, system: str, window: Window
 ) -> Column:
     """A column of discs: the counts of spots, per bin of the fine grid that a spot covers."""
-    measurement = measurement_of(sdata, table_key, fine, genes, layer=layer, coordinate_system=system)
-    matrix = fine.to_system(system)
-    xy = measurement.centers[:, ::-1] @ matrix[:2, :2].T + matrix[:2, 2]
-    diameter = measurement.diameter * np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    elements = MapElements.find(sdata, low_res=table_key, layer=layer, coordinate_system=system)
+    measurement = elements.measurement(fine, genes)
+    spots, matrix = measurement.footprints, fine.to_system(system)
+    xy = spots.centers[:, ::-1] @ matrix[:2, :2].T + matrix[:2, 2]
+    diameter = spots.diameter * np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
     left, right, top, bottom = window
     margin = diameter / 2
     near = ((xy > [left - margin, top - margin]) & (xy < [right + margin, bottom + margin])).all(1)
     of_gene = dict(zip(genes, measurement.density[near].T, strict=True))
-    title = f"measured\n{measurement.diameter * fine.bin_um:.4g} µm spots ÷ {measurement.area[0]:.3g}"
+    title = f"measured\n{spots.diameter * fine.bin_um:.4g} µm spots ÷ {spots.area[0]:.3g}"
     return Column(title, "expression", Discs(xy[near], float(diameter)), of_gene.__getitem__)
 
 

@@ -23,7 +23,7 @@ from stgen._spatial.grid import Grid, get_map, map_counts_checked
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import made_by, provenance, record, write_circles, write_image, write_table
 from stgen._spatial.section import get_section, get_table
-from stgen.measurement import Measurement
+from stgen.measurement import Footprints
 from stgen.pp._rasterize import Frame, Molecules, check_free_key, check_sdata, extent, genes_of, lazy_map
 from stgen.pp._tiles import _planar
 
@@ -294,7 +294,7 @@ def spots_to_map(
         )
     spots = measurement_of(sdata, table_key, grid, names, layer=layer, coordinate_system=coordinate_system)
 
-    rows, share, area = _shares(spots, grid.height, grid.width)
+    rows, share, area = _shares(spots.footprints, grid.height, grid.width)
     density = (spots.counts[rows] / area[:, None]).astype(np.float32)
     covered = np.asarray(share.sum(0)).reshape(grid.height, grid.width)
     per_bin = sparse.csr_array(share.T)
@@ -411,8 +411,7 @@ def _measure_map(
     """Sums of a map over discs ``(n, n_genes)``, and which discs hold any count of any gene."""
     element = get_map(sdata, map_key)
     _, height, width = element.shape
-    nothing = np.zeros((len(centers), 0), dtype=np.float32)
-    discs = Measurement(nothing, centers[:, ::-1], 2 * radius, "disc", np.zeros(len(centers)))
+    discs = Footprints(centers[:, ::-1], 2 * radius, "disc", np.zeros(len(centers)))
     position = {str(name): i for i, name in enumerate(element.coords["c"].values)}
     wanted = {position[gene]: k for k, gene in enumerate(genes)}
     counts = np.zeros((len(centers), len(genes)), dtype=np.float32)
@@ -457,7 +456,7 @@ def _seen_part(element: Any, map_key: str, thin: float | None, seed: int) -> da.
     return values.map_blocks(draw, dtype=np.float32, meta=np.empty((0, 0, 0), np.float32))
 
 
-def _shares(spots: Measurement, height: int, width: int) -> tuple[np.ndarray, sparse.csr_array, np.ndarray]:
+def _shares(spots: Footprints, height: int, width: int) -> tuple[np.ndarray, sparse.csr_array, np.ndarray]:
     """Spots on a grid, the share of every bin that each covers ``(n, height * width)``, and the whole area of each."""
     margin = int(np.ceil(spots.diameter)) + 1
     rows, share = spots.coverage(-margin, -margin, height + 2 * margin, width + 2 * margin)

@@ -122,7 +122,7 @@ def bins_to_table(
     check_sdata(sdata)
     genes = genes_of(genes, get_map(sdata, map_key).coords["c"].values, f"the map {map_key!r}")
     grid = Grid.of_map(sdata, map_key)
-    system = shared_system([map_key], [sdata.images[map_key]], coordinate_system)
+    system = shared_system(sdata, [map_key], coordinate_system)
     total = total_of(sdata, map_key, needed=bool(normalize))
     std_key = f"{map_key}_std" if spread and f"{map_key}_std" in sdata.images else None
     if std_key is not None:

@@ -13,7 +13,7 @@ from xarray import DataArray
 
 from stgen import metrics
 from stgen._spatial.grid import Grid, get_map, map_counts_checked
-from stgen._spatial.measured import measurement_of
+from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import recorded_layer
 from stgen.measurement import Measurement
 from stgen.tl.evaluation.scores import Scores, gene_scores, summarize, warn_of_few_samples
@@ -44,7 +44,8 @@ def evaluate_maps(
     measurement = None
     if low_res is not None:
         layer = recorded_layer(sdata, [key], low_res)
-        measurement = measurement_of(sdata, low_res, Grid.of_map(sdata, key), maps.genes, layer=layer)
+        elements = MapElements.find(sdata, low_res=low_res, layer=layer, map_key=key)
+        measurement = elements.measurement(Grid.of_map(sdata, key), maps.genes)
 
     if maps.n_samples:
         warn_of_few_samples(maps.n_samples)
@@ -275,15 +276,15 @@ def _correlation(stack: DataArray, genes: list[str], known: np.ndarray, scale: _
 
 def _residuals(maps: _Maps, measurement: Measurement) -> pd.DataFrame:
     """How far the predicted counts of each footprint are from its measured ones, relative to these (at least 1)."""
-    largest, mean = [], []
+    largest, mean, footprints = [], [], measurement.footprints
     for start in range(0, len(maps.genes), 16):
         counts = maps.counts(maps.key, maps.genes[start : start + 16])
-        known = measurement.pool(np.isfinite(counts).astype(np.float32))
-        complete = measurement.pool(np.ones((1, *counts.shape[1:]))) >= 0.98 * measurement.area[:, None]
+        known = footprints.pool(np.isfinite(counts).astype(np.float32))
+        complete = footprints.pool(np.ones((1, *counts.shape[1:]))) >= 0.98 * footprints.area[:, None]
         measured = measurement.counts[:, start : start + 16]
-        if measurement.shape == "square":  # measured in part: its density holds for all that is predicted
-            measured = measured * np.maximum(known / np.maximum(measurement.area, 1e-6)[:, None], 1)
-        residual = np.abs(measurement.pool(counts) - measured) / np.maximum(measured, 1)
+        if footprints.shape == "square":  # measured in part: its density holds for all that is predicted
+            measured = measured * np.maximum(known / np.maximum(footprints.area, 1e-6)[:, None], 1)
+        residual = np.abs(footprints.pool(counts) - measured) / np.maximum(measured, 1)
         residual = np.where(
             (known > 0) & complete, residual, np.nan
         )  # footprints that reach beyond the map cannot agree

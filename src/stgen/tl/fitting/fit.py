@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,7 +15,7 @@ from stgen._spatial.section import get_section, get_table
 from stgen._spatial.tables import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
 from stgen.data import MapData, SpotData
 from stgen.models import MapModel, Model
-from stgen.tl.fitting.maps import MapKeys, check_genes, cut_tiles, gather_maps, split_maps
+from stgen.tl.fitting.maps import MapKeys, check_genes, cut_tiles, gather_maps, in_section, split_maps
 from stgen.train import check_device
 
 __all__ = ["Source", "check_training", "fit", "fit_in_place", "gather", "hold_out", "split"]
@@ -207,7 +206,7 @@ def gather(
         raise ValueError("`data` is an empty mapping; give at least one section.")
     x, h, group, blocks, embedding = [], [], [], [], None
     for number, (name, (counts, table, xy)) in enumerate(sections.items()):
-        with _in_section(name, sections):
+        with in_section(name, sections):
             key = embedding_key_of(table, embedding_key)
             found = embedding_record(table, key)
         if found["n_features"] != model.config["embedding_dim"]:
@@ -220,7 +219,7 @@ def gather(
             raise ValueError(
                 f"section {name!r} was embedded otherwise than those before it: {found} against {embedding}."
             )
-        with _in_section(name, sections):
+        with in_section(name, sections):
             x.append(expression(counts, model.genes, model.transform, layer=layer))
         h.append(np.asarray(table.obsm.get(f"{key}_views", np.asarray(table.obsm[key])[:, None])))
         block = spatial_blocks(xy)
@@ -236,17 +235,6 @@ def gather(
         **{k: v for k, v in provenance("tl.fit").items() if k == "version"},
     }
     return SpotData(np.concatenate(x), np.concatenate(h), np.concatenate(group)), np.concatenate(blocks), record
-
-
-@contextmanager
-def _in_section(name: str, sections: Mapping[str, Any]) -> Iterator[None]:
-    """Errors say which of several sections they are about."""
-    try:
-        yield
-    except (KeyError, ValueError) as error:
-        if len(sections) == 1:
-            raise
-        raise type(error)(f"section {name!r}: {error.args[0]}") from error
 
 
 def check_training(x: np.ndarray, genes: list[str]) -> None:

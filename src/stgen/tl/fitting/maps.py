@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,18 +12,27 @@ from spatialdata import SpatialData
 
 from stgen._checks import check_prompt
 from stgen._spatial.grid import Grid, get_map, map_counts_checked
-from stgen._spatial.labels import labels_window
-from stgen._spatial.measured import measurement_of
+from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import provenance
 from stgen._spatial.section import find_image
-from stgen.data import MapData, MapSection
-from stgen.measurement import Measurement
+from stgen.data import ImageReader, MapData, MapInputs
+from stgen.measurement import Footprints, Measurement
 from stgen.models import MapModel
 
-__all__ = ["MapKeys", "check_genes", "check_uses", "cut_tiles", "gather_maps", "split_maps", "text_vectors"]
+__all__ = [
+    "MapKeys",
+    "check_genes",
+    "check_uses",
+    "cut_tiles",
+    "gather_maps",
+    "in_section",
+    "split_maps",
+    "text_vectors",
+]
 
 IN_MEMORY = 4e9  # bytes of a map or an image up to which it is read once and kept
 BLOCK = 1024  # bins read at a time
+MARGIN = 64  # bins around a section that are held too
 
 
 class MapKeys(NamedTuple):
@@ -46,7 +56,7 @@ class MapKeys(NamedTuple):
 
 def gather_maps(
     model: MapModel, sections: Mapping[str, SpatialData], keys: MapKeys
-) -> tuple[list[MapSection], dict[str, Any]]:
+) -> tuple[list[MapInputs], dict[str, Any]]:
     """All sections with what goes with them on the grids of their maps, and a record of what they are."""
     if not sections:
         raise ValueError("`data` is an empty mapping; give at least one section.")
@@ -60,7 +70,10 @@ def gather_maps(
     if model.needs_text and isinstance(keys.prompt, Mapping) and unnamed:
         raise ValueError(f"`prompt` has no entry for {', '.join(map(repr, unnamed))}; each section needs one.")
     prompts = text_vectors(model, [keys.prompt_of(name) for name in sections])
-    gathered = [_section(model, name, sdata, keys, prompts) for name, sdata in sections.items()]
+    gathered = []
+    for name, sdata in sections.items():
+        with in_section(name, sections):
+            gathered.append(_section(model, name, sdata, keys, prompts))
     known = sum(section.tissue.sum() for section in gathered)
     record = {
         "sections": list(sections),
@@ -77,14 +90,21 @@ def gather_maps(
 
 
 def check_uses(
-    model: MapModel,
+    model: MapModel | None,
     *,
     labels_key: str | None,
     prompt: str | Mapping[str, str] | None,
     low_res: str | Mapping[str, str] | None,
     layer: str | None,
 ) -> None:
-    """Refuse what the model has no use for, and the lack of what it needs."""
+    """Refuse what the model has no use for, and the lack of what it needs; without a model, what only models take."""
+    if model is None:
+        for argument, value in (("labels_key", labels_key), ("prompt", prompt)):
+            if value is not None:
+                raise ValueError(
+                    f"`{argument}` is for models that take it, and there is none: leave it out, or pass model=."
+                )
+        return
     name = type(model).__name__
     if labels_key is not None and not model.needs_labels:
         raise ValueError(f"this {name} does not look at labels; leave `labels_key` out.")
@@ -111,9 +131,20 @@ def text_vectors(model: MapModel, prompts: list[str | None]) -> dict[str, np.nda
     return {prompt: model.embed_prompt(prompt) for prompt in dict.fromkeys(map(check_prompt, prompts))}
 
 
+@contextmanager
+def in_section(name: str, sections: Mapping[str, Any]) -> Iterator[None]:
+    """Errors say which of several sections they are about."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        if len(sections) == 1:
+            raise
+        raise type(error)(f"section {name!r}: {error.args[0]}") from error
+
+
 def _section(
     model: MapModel, name: str, sdata: SpatialData, keys: MapKeys, prompts: Mapping[str, np.ndarray]
-) -> MapSection:
+) -> MapInputs:
     """One section, checked against what the model takes."""
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"maps are in SpatialData objects; section {name!r} is a {type(sdata).__name__}.")
@@ -121,50 +152,48 @@ def _section(
     grid = Grid.of_map(sdata, keys.map_key)
     if abs(grid.bin_um / config["bin_um"] - 1) > 0.01:
         raise ValueError(
-            f"the map {keys.map_key!r} of section {name!r} has bins of {grid.bin_um:.4g} µm and the model is for "
+            f"the map {keys.map_key!r} has bins of {grid.bin_um:.4g} µm and the model is for "
             f"{config['bin_um']:g} µm; construct it with bin_um={grid.bin_um:.4g}, or rasterize to its bins."
         )
-    labels = None
-    if model.needs_labels:
-        labels = _kept(labels_window(sdata, keys.labels_key, grid, px_per_bin=config["px_per_bin"]), grid)
-    counts = element.data
-    if counts.nbytes <= IN_MEMORY:
-        counts = map_counts_checked(np.asarray(counts), f"the map {keys.map_key!r} of section {name!r}")
-    tissue = np.isfinite(np.asarray(counts[0]))
-    image = _no_image
-    if model.needs_image:
-        image_key = find_image(sdata, keys.image_key)
-        image = grid.image_window(sdata, image_key, px_per_bin=config["px_per_bin"])
-        if image.n_channels != config["image_channels"]:
-            raise ValueError(
-                f"the image {image_key!r} of section {name!r} has {image.n_channels} channels "
-                f"({', '.join(image.channels[:6])}) and the model takes {config['image_channels']}; construct it with "
-                f"image_channels={image.n_channels}."
-            )
-        if grid.overlap(sdata, image_key) <= 0:
-            raise ValueError(
-                f"the image {image_key!r} and the map {keys.map_key!r} of section {name!r} do not overlap. Correct the "
-                "transformation of one of them: spatialdata.transformations.set_transformation."
-            )
-        image.record()  # says what is in doubt about its values, and refuses an image of nothing
-        image = _kept(image, grid)
-    low_res, measurement = keys.low_res_of(name), None
-    if low_res is None:
-        measurement = pooled(counts, tissue, config["factor"])
-    elif low_res:
-        measurement = measurement_of(sdata, low_res, grid, model.genes, layer=keys.layer)
-        if measurement.shape == "square" and round(measurement.diameter) != config["factor"]:
-            raise ValueError(
-                f"the bins of {low_res!r} of section {name!r} are {measurement.diameter:g} bins of the map wide and the "
-                f"model's factor is {config['factor']}; construct it with factor={round(measurement.diameter)}."
-            )
-    elif model.needs_low_res:
+    low_res = keys.low_res_of(name)
+    if low_res == "" and model.needs_low_res:
         raise ValueError(
             f"`low_res` names no low-resolution data of section {name!r}, and this {type(model).__name__} cannot do without; "
             "name them, or construct a model that can (stgen.models.C3Diff or HaDMST with p_missing > 0)."
         )
+    counts = element.data
+    if counts.nbytes <= IN_MEMORY:
+        counts = map_counts_checked(np.asarray(counts), f"the map {keys.map_key!r}")
+    elements = MapElements.find(
+        sdata,
+        image_key=find_image(sdata, keys.image_key) if model.needs_image else None,
+        low_res=low_res or None,
+        layer=keys.layer if low_res else None,
+        labels_key=keys.labels_key,
+        map_key=keys.map_key,
+    )
     text = prompts[check_prompt(keys.prompt_of(name))] if model.needs_text else None
-    return MapSection(counts, image, measurement, tissue, labels, text)
+    inputs = elements.inputs(grid, model, text=text, truth=counts)
+    if low_res is None:
+        inputs = replace(inputs, measurement=pooled(counts, inputs.tissue, config["factor"]))
+    elif low_res:
+        _check_factor(inputs.measurement.footprints, low_res, config["factor"])
+    held = {
+        what: HeldImage.of(read, inputs.height, inputs.width)
+        for what, read in (("image", inputs.image), ("labels", inputs.labels))
+        if read is not None
+    }
+    return replace(inputs, **held)
+
+
+def _check_factor(footprints: Footprints, low_res: str, factor: int) -> None:
+    """Refuse a map that is coarser or finer than those the model is to sharpen."""
+    found = round(footprints.diameter)
+    if footprints.shape == "square" and found != factor:
+        raise ValueError(
+            f"the bins of {low_res!r} are {footprints.diameter:g} bins of the map wide and the model's factor is {factor}; "
+            f"construct it with factor={found}."
+        )
 
 
 def pooled(counts: Any, tissue: np.ndarray, factor: int) -> Measurement:
@@ -181,10 +210,10 @@ def pooled(counts: Any, tissue: np.ndarray, factor: int) -> Measurement:
     return Measurement.from_map(low, factor, area)
 
 
-def check_genes(genes: list[str], sections: list[MapSection]) -> None:
+def check_genes(genes: list[str], sections: list[MapInputs]) -> None:
     """Refuse genes without a count on the tissue of the sections, one by one so that a lazy map stays lazy."""
     empty = [
-        gene for i, gene in enumerate(genes) if not any((np.asarray(s.counts[i])[s.tissue] > 0).any() for s in sections)
+        gene for i, gene in enumerate(genes) if not any((np.asarray(s.truth[i])[s.tissue] > 0).any() for s in sections)
     ]
     if empty:
         raise ValueError(
@@ -192,35 +221,45 @@ def check_genes(genes: list[str], sections: list[MapSection]) -> None:
         )
 
 
-def _no_image(y0: int, x0: int, height: int, width: int) -> np.ndarray:
-    """What stands for the histology of a model that takes none."""
-    return np.zeros((1, height, width), np.float32)
+class HeldImage:
+    """The same image, read once: tiles that overlap read it many times.
 
+    Parameters
+    ----------
+    read
+        The image.
+    height, width
+        Size of the grid in bins.
+    """
 
-def _kept(image: Callable[..., np.ndarray], grid: Grid) -> Callable[..., np.ndarray]:
-    """The same image, read once if it is small enough: tiles that overlap read it many times."""
-    px, margin = image.px_per_bin, 64
-    height, width = grid.height + 2 * margin, grid.width + 2 * margin
-    if image.n_channels * height * width * px**2 * 4 > IN_MEMORY:
-        return image
-    whole = np.empty((image.n_channels, height * px, width * px), np.float32)
-    for y in range(0, height, BLOCK):
-        for x in range(0, width, BLOCK):
-            part = whole[:, y * px : (y + BLOCK) * px, x * px : (x + BLOCK) * px]
-            part[:] = image(y - margin, x - margin, part.shape[1] // px, part.shape[2] // px)
+    def __init__(self, read: ImageReader, height: int, width: int) -> None:
+        self._read, self._height, self._width = read, height, width
+        self.px_per_bin, self.n_channels = read.px_per_bin, read.n_channels
+        px, height, width = read.px_per_bin, height + 2 * MARGIN, width + 2 * MARGIN
+        self._whole = np.empty((read.n_channels, height * px, width * px), np.float32)
+        for y in range(0, height, BLOCK):
+            for x in range(0, width, BLOCK):
+                part = self._whole[:, y * px : (y + BLOCK) * px, x * px : (x + BLOCK) * px]
+                part[:] = read(y - MARGIN, x - MARGIN, part.shape[1] // px, part.shape[2] // px)
 
-    def window(y0: int, x0: int, height: int, width: int) -> np.ndarray:
-        if max(y0 + height - grid.height, x0 + width - grid.width) > margin:  # a section smaller than a tile
-            return image(y0, x0, height, width)
-        y, x = (y0 + margin) * px, (x0 + margin) * px
-        return whole[:, y : y + height * px, x : x + width * px]
+    @classmethod
+    def of(cls, read: ImageReader, height: int, width: int) -> ImageReader:
+        """Held, if it is small enough."""
+        n_bins = (height + 2 * MARGIN) * (width + 2 * MARGIN)
+        return read if read.n_channels * n_bins * read.px_per_bin**2 * 4 > IN_MEMORY else cls(read, height, width)
 
-    return window
+    def __call__(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+        """The image in some bins."""
+        if max(y + height - self._height, x + width - self._width) > MARGIN:  # a section smaller than a tile
+            return self._read(y, x, height, width)
+        px = self.px_per_bin
+        top, left = (y + MARGIN) * px, (x + MARGIN) * px
+        return self._whole[:, top : top + height * px, left : left + width * px]
 
 
 def split_maps(
-    sections: list[MapSection], share: float, side: int, rng: np.random.Generator
-) -> tuple[list[MapSection], list[MapSection]]:
+    sections: list[MapInputs], share: float, side: int, rng: np.random.Generator
+) -> tuple[list[MapInputs], list[MapInputs]]:
     """Hold out about ``share`` of each section's tissue, in whole blocks of at most ``side`` bins.
 
     A section has at least four blocks of equal size. Where one would be more than twice the share, none is held out.
@@ -244,7 +283,7 @@ def split_maps(
     return train, held_out
 
 
-def cut_tiles(model: MapModel, sections: list[MapSection], tile: int, what: str, **options: Any) -> MapData:
+def cut_tiles(model: MapModel, sections: list[MapInputs], tile: int, what: str, **options: Any) -> MapData:
     """The tiles of some sections; an error if there are none."""
     data = MapData(sections, tile=tile, transform=model.transform, kernel=model.kernel, **options)
     if len(data) == 0:

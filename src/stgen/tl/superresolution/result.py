@@ -12,16 +12,20 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import zarr
 from anndata import AnnData
 from spatialdata import SpatialData, get_dask_backing_files
 from spatialdata.transformations import Identity
 
 from stgen._spatial.grid import Grid
+from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import check_new_key, record, write_image
 from stgen._spatial.section import OUT_OF_FOLD
+from stgen.data import MapInputs
+from stgen.models._map_sampler import SpotReport
 
-__all__ = ["TABLE", "MapResult", "check_result_keys", "check_store", "is_result"]
+__all__ = ["TABLE", "MapResult", "check_result_keys", "check_store", "is_result", "spot_table"]
 
 FUNCTION = "tl.superresolve"
 SUFFIXES = ("", "_std", "_samples", "_total")
@@ -252,6 +256,19 @@ class MapResult:
             if old.exists():
                 old.rename(self.store)
             raise
+
+
+def spot_table(elements: MapElements, inputs: MapInputs, report: SpotReport) -> AnnData:
+    """A row per spot that was learned from, linked to it: what was predicted of it, and what is known of genes."""
+    table = AnnData(report.predicted, var=report.scores)
+    if elements.spots is not None:
+        source = elements.sdata.tables[elements.low_res]
+        attrs, region = source.uns["spatialdata_attrs"], elements.spots.region
+        table.obs = source.obs[[attrs["region_key"], attrs["instance_key"]]].iloc[report.rows].copy()
+        table.obs[attrs["region_key"]] = pd.Categorical([region] * len(report.rows))
+        table.uns["spatialdata_attrs"] = {**attrs, "region": region}
+    table.obsm["bin_yx"] = inputs.measurement.footprints.centers[report.rows]
+    return table
 
 
 @contextmanager

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from spatialdata import SpatialData
+from tqdm.auto import tqdm
 
 from stgen import models
-from stgen._checks import check_prompt
-from stgen._spatial.grid import Grid, ImageWindow, get_map
-from stgen._spatial.labels import labels_window
-from stgen._spatial.measured import measurement_of
+from stgen._checks import check_prompt, check_seed, check_whole, chosen_genes, only_key
+from stgen._spatial.grid import Grid, get_map
+from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import provenance, shallow_copy
-from stgen._spatial.section import find_image, get_section
-from stgen._spatial.tissue import tissue_bins
+from stgen._spatial.section import find_image
+from stgen.data import MapInputs
 from stgen.measurement import Measurement
-from stgen.models import Model
+from stgen.models import MapModel, Model
+from stgen.models._map_sampler import MapSampler, SamplingOptions, SpotReport
 from stgen.tl.fitting.maps import check_uses
-from stgen.tl.prediction.predict import _chosen
-from stgen.tl.superresolution.one_section import superresolve_section
-from stgen.tl.superresolution.result import MapResult, check_result_keys, check_store
-from stgen.tl.superresolution.windows import Section, Tiling, sample_maps
+from stgen.tl.superresolution.grid import result_grid
+from stgen.tl.superresolution.one_section import OneSection, check_learnable, check_spots
+from stgen.tl.superresolution.result import MapResult, check_result_keys, check_store, is_result, spot_table
 from stgen.train import check_device
+from stgen.windows import bounds_of
 
 __all__ = ["superresolve"]
 
 logger = logging.getLogger("stgen")
+
+MOST_BYTES = 8e9  # of a result in memory
 
 
 def superresolve(
@@ -199,81 +201,106 @@ def superresolve(
     """
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
-    for name, value, least in (("n_samples", n_samples, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"`{name}` must be a whole number of at least {least}, found {value!r}.")
-    if model is None:
-        for name, value in (("labels_key", labels_key), ("prompt", prompt)):
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` is for models that take it, and there is none: leave it out, or pass model=."
-                )
-        inputs = [key for key in (image_key, low_res, like) if key is not None]
-        check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
-        return superresolve_section(
-            sdata, image_key, genes, low_res=low_res, layer=layer, bin_um=bin_um, factor=factor, like=like, n_samples=n_samples,
-            consistency=bool(consistency), key_added=key_added, keep_samples=keep_samples, tile=tile, seed=seed,
-            store=check_store(sdata, store, key_added, overwrite=overwrite, copy=copy), mpp=mpp, copy=copy, progress=progress,
-        )  # fmt: skip
+    n_samples, batch_size = check_whole("n_samples", n_samples), check_whole("batch_size", batch_size)
+    seed = check_seed(seed)
     device = str(check_device(device))
-    model = _model_for_maps(model)
-    model.check_sampling(steps, solver)
-    genes = _genes(model, genes)
-    check_uses(model, labels_key=labels_key, prompt=prompt, low_res=low_res, layer=layer)
-    prompt, text = _text(model, prompt)
-    inputs = [key for key in (image_key, low_res, like) if key is not None]
-    check_result_keys(sdata, key_added, inputs, overwrite=overwrite)
+    fitted = None if model is None else fitted_map_model(model)
+    check_uses(fitted, labels_key=labels_key, prompt=prompt, low_res=low_res, layer=layer)
+    if fitted is not None:
+        fitted.check_sampling(steps, solver)
+    low_res = _low_res(sdata, low_res, fitted)
+    genes = _genes(sdata, low_res, fitted, genes)
+    prompt, text = (None, None) if fitted is None else _text(fitted, prompt)
+    check_result_keys(
+        sdata, key_added, [key for key in (image_key, low_res, like) if key is not None], overwrite=overwrite
+    )
     store = check_store(sdata, store, key_added, overwrite=overwrite, copy=copy)
 
-    grid, image_key = _grid(sdata, model, image_key, low_res, bin_um=bin_um, factor=factor, like=like, mpp=mpp)
-    image = _image(sdata, model, grid, image_key)
-    measurement = None if low_res is None else measurement_of(sdata, low_res, grid, model.genes, layer=layer)
-    _check_factor(model, low_res, measurement)
-    labels = None
-    if model.needs_labels:
-        labels = labels_window(sdata, labels_key, grid, px_per_bin=model.config["px_per_bin"])
-    tissue = tissue_bins(sdata, grid, image_key, measurement, like, mpp)
-    section = Section(model, grid, image, measurement, tissue, labels, text)
-    consistency = (consistency is None or bool(consistency)) and measurement is not None
-    n_samples = n_samples if model.stochastic else 1
-    tiling = Tiling.plan(section, tile, batch=min(batch_size, n_samples), consistency=consistency)
+    image_key = _image_key(sdata, image_key, low_res, like, fitted)
+    elements = MapElements.find(
+        sdata, image_key=image_key, low_res=low_res, layer=layer, labels_key=labels_key, map_key=like, mpp=mpp
+    )
+    grid = result_grid(
+        elements, bin_um=bin_um, factor=factor, fitted_um=None if fitted is None else fitted.config["bin_um"]
+    )
+    if store is None:
+        _check_memory(grid, genes, 1 + (n_samples > 1) + keep_samples * n_samples)
+    used = OneSection.on(elements, grid, genes) if fitted is None else fitted
+    inputs = elements.inputs(grid, used, text=text)
+    if fitted is None:
+        check_learnable(inputs, low_res, like)
+    else:
+        _check_factor(fitted, low_res, inputs.measurement)
+    agreeing = used.consistent if consistency is None else bool(consistency)
+    options = SamplingOptions(
+        n_samples=n_samples, steps=steps, solver=solver, batch_size=batch_size, tile=tile, seed=seed, device=device,
+        consistency=agreeing and inputs.measurement is not None, keep_samples=keep_samples, progress=progress,
+    )  # fmt: skip
+    sampler = used.sampler(inputs, genes, options)
 
     target = shallow_copy(sdata) if copy else sdata
-    entry = provenance(
-        "tl.superresolve", model=type(model).__name__, weights_sha256=model.weights_sha256(),
-        fitted_on=model.record.get("sections"), image=image_key, low_res=low_res, layer=layer, like=like, genes=genes, unit="counts per bin",
-        bin_um=grid.bin_um, n_samples=n_samples, steps=steps if model.stochastic else None,
-        solver=solver if model.stochastic else None, consistency=consistency, tile=tiling.tile, seed=seed,
-        **({"labels": labels_key} if model.needs_labels else {}), **({"prompt": prompt} if model.needs_text else {}),
-        **model.sampling_options, **({} if image is None else image.record()),
-    )  # fmt: skip
     with MapResult(
-        grid, genes, n_samples, key_added, keep_samples=keep_samples, store=store, tile=tiling.tile
-    ) as result:
-        sample_maps(
-            section, tiling, result, n_samples=n_samples, batch_size=batch_size, steps=steps, solver=solver, seed=seed,
-            device=device, progress=progress,
+        grid, genes, sampler.n_samples, key_added, keep_samples=keep_samples, store=store, tile=sampler.tiling.tile,
+        total=sampler.has_total,
+    ) as result:  # fmt: skip
+        _make(sampler, inputs, result, f"superresolve with {type(used).__name__}", progress=progress)
+        report = sampler.report()
+        table = None if report is None else spot_table(elements, inputs, report)
+        entry = provenance(
+            "tl.superresolve", image=image_key, low_res=low_res, layer=layer, like=like,
+            genes=genes, unit="counts per bin", bin_um=grid.bin_um, n_samples=n_samples if used.stochastic else 1,
+            consistency=options.consistency, tile=sampler.tiling.tile, seed=seed, labels=labels_key, prompt=prompt,
+            **sampler.record(), **(elements.image_record() if inputs.image is not None else {}),
         )  # fmt: skip
-        keys = result.hand_over(target, entry)
-    logger.info(
-        "superresolved %d genes in %d x %d bins of %.4g µm into %s; %s.",
-        len(genes), grid.width, grid.height, grid.bin_um, " and ".join(f'sdata.images["{key}"]' for key in keys),
-        "sdata.write(path) saves it" if store is None else f"it is stored in {store}, which spatialdata.read_zarr reads",
-    )  # fmt: skip
+        keys = result.hand_over(target, entry, table)
+    _say_what_was_found(genes, grid, keys, store, key_added, report)
     return target if copy else None
+
+
+def _make(sampler: MapSampler, inputs: MapInputs, result: MapResult, name: str, *, progress: bool) -> None:
+    """Make all windows of all genes and put them into the result: the one loop."""
+    windows, tiling = sampler.tiling.windows(inputs.tissue), sampler.tiling
+    bar = tqdm(
+        total=len(sampler.parts) * len(windows), desc=name, unit="window", **({} if progress else {"disable": True})
+    )
+    with sampler.ready(), bar:
+        for part in sampler.parts:
+            for window in windows:
+                top, left, *_ = window.outer
+                (y, x), kept = bounds_of(tiling.kept(window) & inputs.tissue_in(window.outer))
+                maps, total = sampler.maps(window.outer, part)
+                result.put((values[:, y, x] for values in maps), kept, top + y.start, left + x.start, part)
+                if total is not None:
+                    result.put_total(total[:, y, x], kept, top + y.start, left + x.start)
+                bar.update()
+
+
+def _say_what_was_found(
+    genes: list[str], grid: Grid, keys: list[str], store: Path | None, key_added: str, report: SpotReport | None
+) -> None:
+    """Where the result is, how to save it, and which genes can be trusted."""
+    logger.info(
+        "superresolved %d genes in %d x %d bins of %.4g µm%s into %s; %s.%s",
+        len(genes), grid.width, grid.height, grid.bin_um,
+        "" if report is None else f" from {len(report.rows)} spots",
+        " and ".join(f'sdata.images["{key}"]' for key in keys),
+        "sdata.write(path) saves it" if store is None else f"it is stored in {store}, which spatialdata.read_zarr reads",
+        "" if report is None else f' {int(report.scores["trusted"].sum())} genes are predictable out of fold: see '
+        f'sdata.tables["{key_added}_out_of_fold"].var.',
+    )  # fmt: skip
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _model_for_maps(model: Any) -> Model:
-    """The model, loaded if need be; an error unless it is fitted and takes maps."""
+def fitted_map_model(model: Any) -> MapModel:
+    """The model, loaded if need be; an error unless it is fitted and makes maps."""
     if isinstance(model, str | Path):
         model = models.load(model)
     if not isinstance(model, Model):
         raise TypeError(f"`model` must be a model, its folder or a Hub id, found {type(model).__name__}.")
     name = type(model).__name__
-    if model.takes != "maps":
+    if not isinstance(model, MapModel):
         raise ValueError(
             f"{name} predicts the expression of locations, not maps: call stgen.tl.predict_expression(sdata, model=...), "
             "or pass a model for maps, such as stgen.models.DiffST."
@@ -283,92 +310,39 @@ def _model_for_maps(model: Any) -> Model:
     return model
 
 
-def _genes(model: Model, genes: Sequence[str] | None) -> list[str]:
-    """The genes to write, each once and known to the model."""
-    genes = _chosen(model, [genes] if isinstance(genes, str) else genes)
-    if not genes or len(set(genes)) < len(genes):
-        raise ValueError(f"`genes` must name at least one gene, and each once; found {', '.join(genes) or 'none'}.")
-    return genes
-
-
-def _grid(
-    sdata: SpatialData,
-    model: Model,
-    image_key: str | None,
-    low_res: str | None,
-    *,
-    bin_um: float | None,
-    factor: int | None,
-    like: str | None,
-    mpp: float | None,
-) -> tuple[Grid, str | None]:
-    """The bins of the result, and the key of the image if one is needed."""
-    wanted = model.config["bin_um"]
-    if bin_um is not None and not abs(bin_um / wanted - 1) <= 0.01:
-        raise ValueError(
-            f"the model was fitted for bins of {wanted:g} µm, found bin_um={bin_um!r}. Leave bin_um out, or fit a model "
-            "on a map of that resolution: stgen.pp.rasterize(sdata, bin_um=...)."
-        )
-    if low_res is None and model.needs_low_res:
-        raise ValueError(
-            f"{type(model).__name__} was fitted with low-resolution expression and needs it: pass low_res=<a map in "
-            f"sdata.images or a table of spots in sdata.tables>; found the images {_named(sdata.images)} and the tables "
-            f"{_named(sdata.tables)}."
-        )
-    if low_res is not None and low_res not in sdata.images and low_res not in sdata.tables:
-        raise KeyError(
-            f"There is no low-resolution map or table {low_res!r}; found the images {_named(sdata.images)} and the "
-            f"tables {_named(sdata.tables)}."
-        )
-    is_map = low_res is not None and low_res in sdata.images
-    if image_key is not None or model.needs_image or not (is_map or like):
-        image_key = find_image(sdata, image_key)
-    if like is not None:
-        return _grid_like(sdata, like, wanted, factor), image_key
-    if not is_map:
-        if factor is not None:
+def _low_res(sdata: SpatialData, low_res: str | None, model: MapModel | None) -> str | None:
+    """The low-resolution data: those named; where a section is all that there is to learn from, its only table."""
+    if model is not None:
+        if low_res is None and model.needs_low_res:
             raise ValueError(
-                f"`factor` counts bins along the side of a low-resolution bin, and low_res={low_res!r} is not a map. "
-                "Leave it out."
+                f"{type(model).__name__} was fitted with low-resolution expression and needs it: pass low_res=<a map in "
+                f"sdata.images or a table of spots in sdata.tables>; found the images {_named(sdata.images)} and the tables "
+                f"{_named(sdata.tables)}."
             )
-        if low_res is not None and mpp is None:
-            mpp = get_section(sdata, table_key=low_res, image_key=image_key).mpp
-        return Grid.of_image(sdata, image_key, bin_um=bin_um or wanted, mpp=mpp), image_key
-    low = Grid.of_map(sdata, low_res)
-    found = max(1, round(low.bin_um / wanted))
-    if abs(low.bin_um / found / wanted - 1) > 0.01:
-        raise ValueError(
-            f"the bins of {low_res!r} are {low.bin_um:.4g} µm, {low.bin_um / wanted:.4g} times the model's {wanted:g} µm; "
-            "it must be a whole number of times. Make it with stgen.pp.degrade from a map of the model's bin_um."
-        )
-    if factor not in (None, found):
-        raise ValueError(
-            f"factor={factor!r} does not fit: the bins of {low_res!r} are {low.bin_um:.4g} µm, {found} times the model's "
-            f"{wanted:g} µm. Leave factor out, or degrade the map by {factor!r}: stgen.pp.degrade(sdata, map_key=..., "
-            f"factor={factor!r})."
-        )
-    grid = low.refined(found)
-    entry = sdata.attrs.get("stgen", {}).get(low_res, {})
-    if entry.get("factor") == found:  # of pp.degrade: the blocks at the lower and right edge may reach out of the map
-        height, width = (
-            min(n, entry.get(f"fine_{name}", n)) for name, n in (("height", grid.height), ("width", grid.width))
-        )
-        grid = replace(grid, height=int(height), width=int(width))
-    return grid, image_key
+        return low_res
+    if low_res is None or low_res not in sdata.images:
+        tables = [key for key in sdata.tables if key == low_res or not is_result(sdata, key)]
+        low_res = only_key(tables, low_res, argument="low_res", what="table of spots")
+        check_spots(sdata.tables[low_res].n_obs, f"{sdata.tables[low_res].n_obs} in {low_res!r}")
+    return low_res
 
 
-def _grid_like(sdata: SpatialData, like: str, bin_um: float, factor: int | None) -> Grid:
-    """The bins of a map that is there, which must be the model's."""
-    get_map(sdata, like)
-    if factor is not None:
-        raise ValueError(f"the bins are those of like={like!r}; leave `factor` out.")
-    grid = Grid.of_map(sdata, like)
-    if abs(grid.bin_um / bin_um - 1) > 0.01:
-        raise ValueError(
-            f"the bins of {like!r} are {grid.bin_um:.4g} µm, and the model is for {bin_um:g} µm. Name a map of that "
-            "resolution as like=: stgen.pp.rasterize(sdata, bin_um=...)."
-        )
-    return grid
+def _genes(sdata: SpatialData, low_res: str | None, model: MapModel | None, genes: Sequence[str] | None) -> list[str]:
+    """The genes to write, each once and known to the model, or measured."""
+    if model is not None:
+        return chosen_genes(genes, model.genes, f"the {type(model).__name__}")
+    names = get_map(sdata, low_res).coords["c"].values if low_res in sdata.images else sdata.tables[low_res].var_names
+    return chosen_genes(genes, [str(name) for name in names], repr(low_res))
+
+
+def _image_key(
+    sdata: SpatialData, image_key: str | None, low_res: str | None, like: str | None, model: MapModel | None
+) -> str | None:
+    """The image, if one is named or needed."""
+    if model is None:
+        return image_key
+    of_bins = like is not None or (low_res is not None and low_res in sdata.images)
+    return find_image(sdata, image_key) if image_key is not None or model.needs_image or not of_bins else None
 
 
 def _text(model: Model, prompt: str | None) -> tuple[str | None, np.ndarray | None]:
@@ -390,9 +364,9 @@ def _text(model: Model, prompt: str | None) -> tuple[str | None, np.ndarray | No
 
 def _check_factor(model: Model, low_res: str | None, measurement: Measurement | None) -> None:
     """Refuse a map that is coarser or finer than those the model was fitted to sharpen."""
-    if measurement is None or measurement.shape != "square" or not model.uses_low_res:
+    if measurement is None or measurement.footprints.shape != "square" or not model.uses_low_res:
         return
-    found = round(measurement.diameter)
+    found = round(measurement.footprints.diameter)
     if found != model.config["factor"]:
         raise ValueError(
             f"the model was fitted to sharpen maps {model.config['factor']} times, and the bins of {low_res!r} are {found} "
@@ -400,29 +374,14 @@ def _check_factor(model: Model, low_res: str | None, measurement: Measurement | 
         )
 
 
-def _image(sdata: SpatialData, model: Model, grid: Grid, image_key: str | None) -> ImageWindow | None:
-    """A reader of the image on the grid, if the model takes one and it fits."""
-    if not model.needs_image:
-        return None
-    image = grid.image_window(sdata, image_key, px_per_bin=model.config["px_per_bin"])
-    expected = model.config["image_channels"]
-    if image.n_channels != expected:
+def _check_memory(grid: Grid, genes: list[str], n_maps: int) -> None:
+    """Refuse a result in memory that is too large, with ``n_maps`` maps of each gene."""
+    n_bytes = 4.0 * len(genes) * grid.height * grid.width * n_maps
+    if n_bytes > MOST_BYTES:
         raise ValueError(
-            f"the model was fitted on images of {expected} channels, and {image_key!r} has {image.n_channels} "
-            f"({_named(image.channels)}). Name another image_key=."
+            f"the maps of {len(genes)} genes in {grid.height} x {grid.width} bins take {n_bytes / 1e9:.0f} GB. Stream them to "
+            "disk with store=<path of a new store>, name fewer genes, or pass a larger bin_um."
         )
-    covered = grid.overlap(sdata, image_key)
-    if covered <= 0:
-        system = grid.shared_system(sdata, image_key)
-        raise ValueError(
-            f"the image {image_key!r} and the low-resolution map do not overlap in the coordinate system {system!r}. "
-            "Correct the transformation of one of them: spatialdata.transformations.set_transformation."
-        )
-    if covered < 0.9:
-        logger.warning(
-            "the image %r covers %.0f %% of the map; beyond it, its edge is repeated.", image_key, 100 * covered
-        )
-    return image
 
 
 def _named(keys: Sequence[str]) -> str:
