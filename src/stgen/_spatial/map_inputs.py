@@ -21,7 +21,7 @@ from stgen._spatial.labels import LabelsWindow, labels_window
 from stgen._spatial.measured import check_on_grid, footprints_of, measured_bins
 from stgen._spatial.platforms import spot_pitch
 from stgen._spatial.section import Locations, annotated_region, image_mpp, locate, shared_system
-from stgen._spatial.tissue import check_some_tissue, tissue_near, tissue_of_image, with_tissue_around
+from stgen._spatial.tissue import check_some_tissue, known_bins, tissue_near, tissue_of_image, with_tissue_around
 from stgen.data import MapInputs
 from stgen.measurement import Footprints, Measurement
 from stgen.models import MapModel
@@ -115,8 +115,9 @@ class MapElements:
         mpp = image_mpp(self.sdata, str(self.image_key), self.system, self.spots) if self.mpp is None else self.mpp
         return self._in_pixels.with_mpp(mpp)
 
+    @cached_property
     def image_record(self) -> dict[str, Any]:
-        """How the values of the image are read, for the record of a result."""
+        """How the values of the image are read, for the record of a result; says what is in doubt about them, once."""
         return {} if self.image_key is None else self._in_pixels.record()
 
     def spot_um(self) -> float | None:
@@ -226,7 +227,7 @@ class MapElements:
         """A reader of the image on the grid, if it fits."""
         name = type(model).__name__
         image = self._in_pixels
-        image.record()  # says what is in doubt about its values, and refuses an image of nothing
+        _ = self.image_record  # refuses an image of nothing
         window = ImageWindow(image, to_pixels, model.config["px_per_bin"])
         expected = model.config["image_channels"]
         if expected is not None and window.n_channels != expected:
@@ -267,6 +268,8 @@ class MapElements:
                 mpp = float(grid.bin_um / np.sqrt(abs(np.linalg.det(to_pixels[:2, :2]))))
                 shown = tissue_of_image(self._in_pixels.with_mpp(mpp), to_pixels, grid)
                 tissue = with_tissue_around(tissue, shown, measurement.footprints, reach)
+        if to_pixels is not None:
+            tissue = tissue & known_bins(self._in_pixels, to_pixels, grid)
         check_some_tissue(tissue, where)
         return tissue
 

@@ -10,7 +10,7 @@ from stgen._spatial.grid import Grid
 from stgen._spatial.image import Histology
 from stgen.measurement import Footprints
 
-__all__ = ["check_some_tissue", "tissue_mask", "tissue_near", "tissue_of_image", "with_tissue_around"]
+__all__ = ["check_some_tissue", "known_bins", "tissue_mask", "tissue_near", "tissue_of_image", "with_tissue_around"]
 
 MASK_PX = 512
 BLOCK = 512  # bins along a side of what is looked at at a time
@@ -57,13 +57,13 @@ def tissue_of_image(image: Histology, to_pixels: np.ndarray, grid: Grid) -> np.n
     mask, pixel = tissue_mask(image)
     known = image.sketch(mpp=_mask_mpp(image))[1] if image.may_be_unknown else np.ones_like(mask)
     if mask.mean() > 0.97 * known.mean():
-        return _known_bins(image, to_pixels, grid)
+        return known_bins(image, to_pixels, grid)
     if mask.any():
         mask = known & (ndimage.distance_transform_edt(~mask) * pixel * image.mpp <= TISSUE_UM)
     return _on_grid(mask, to_pixels / pixel, grid)
 
 
-def _known_bins(image: Histology, to_pixels: np.ndarray, grid: Grid) -> np.ndarray:
+def known_bins(image: Histology, to_pixels: np.ndarray, grid: Grid) -> np.ndarray:
     """Bins where an image is not NaN: all, unless its values are floats, also beyond it, where its edge is repeated."""
     image = image.with_mpp(grid.bin_um / float(np.sqrt(abs(np.linalg.det(to_pixels[:2, :2])))))
     if not image.may_be_unknown:

@@ -250,7 +250,7 @@ def superresolve(
             "tl.superresolve", image=image_key, low_res=low_res, layer=layer, like=like,
             genes=genes, unit="counts per bin", bin_um=grid.bin_um, n_samples=n_samples if used.stochastic else 1,
             consistency=options.consistency, tile=sampler.tiling.tile, seed=seed, labels=labels_key, prompt=prompt,
-            **sampler.record(), **(elements.image_record() if inputs.image is not None else {}),
+            **sampler.record(), **(elements.image_record if inputs.image is not None else {}),
         )  # fmt: skip
         keys = result.hand_over(target, entry, table)
     _say_what_was_found(genes, grid, keys, store, key_added, report)
