@@ -477,8 +477,7 @@ def test_statistics_of_genes_written_out(data):
 @pytest.mark.parametrize("n_genes", [1, 2])
 def test_statistics_of_genes_that_are_all_alike(n_genes):
     data = map_data(n_genes=1)
-    data.sections[0] = replace(data.sections[0], truth=data.sections[0].truth.repeat(n_genes, 0))
-    data.sections[0].measurement = None
+    data.sections[0] = replace(data.sections[0], truth=data.sections[0].truth.repeat(n_genes, 0), measurement=None)
     codes = GeneCode(n_genes, 8)
     codes.fit(data, torch.ones(n_genes))
     torch.testing.assert_close(codes.statistics, torch.zeros(n_genes, 3))
