@@ -74,7 +74,7 @@ def test_types_take_what_is_of_their_type():
         ("whole", True, ValueError, "must be a whole number or None, found True."),
         ("number", math.nan, ValueError, "must be a finite number, found nan."),
         ("number", "x", ValueError, "must be a finite number, found 'x'."),
-        ("names", "abc", TypeError, "must be a list of names or None, found 'abc'."),
+        ("names", "abc", TypeError, "must be a list of names, found a string; pass names=['abc']."),
         ("names", [1], TypeError, "must be a list of names or None, found [1]."),
         ("names", {"a"}, TypeError, "must be a list of names or None, found {'a'}."),
         ("choice", "z", ValueError, "must be one of 'x', 'y', found 'z'."),

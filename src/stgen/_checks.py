@@ -210,8 +210,8 @@ def check_key(name: str, key: object) -> str:
         or not all(letter.isalnum() or letter in "_-." for letter in key)
     ):
         raise ValueError(
-            f"`{name}` must be a name that can be stored: 1 to {LONGEST_KEY} letters, digits, '_', '-' or '.', not beginning "
-            f"with '__'; found {shown(key)}."
+            f"`{name}` must be a name that can be stored: 1 to {LONGEST_KEY} alphanumeric characters, '_', '-' or '.', "
+            f"not beginning with '__'; found {shown(key)}."
         )
     return key
 
@@ -259,12 +259,13 @@ def chosen_genes(genes: str | Iterable[str] | None, known: Sequence[str], where:
 # -- types ---------------------------------------------------------------------------------------------------------------
 
 
-def check_types(function: Callable[P, R]) -> Callable[P, R]:
+def check_types(function: Callable[P, R], leave: Collection[str] = ()) -> Callable[P, R]:
     """Hold the arguments of a public function to the types in its signature, before it begins.
 
     A value must be of the type that its argument is annotated with: numbers are finite, a whole number is no float, a
     sequence of text is not one text, ``key_added`` and other names of results can be stored. A class that only the type
-    checker imports (``if TYPE_CHECKING:``) is not looked at; the function does.
+    checker imports (``if TYPE_CHECKING:``) is not looked at; the function does. So it does with the arguments named in
+    ``leave``, of which it has more to say than their type.
 
     Raises
     ------
@@ -273,7 +274,7 @@ def check_types(function: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(function)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    fixed = {name: p for name, p in signature.parameters.items() if p.kind not in variable and name != "self"}
+    fixed = {name: p for name, p in signature.parameters.items() if p.kind not in variable and name not in leave}
     annotations: dict[str, Any] = {}
 
     @functools.wraps(function)
@@ -322,6 +323,8 @@ def _check_type(name: str, value: object, kind: Any) -> None:
     for one in (kind, *get_args(kind)):
         if get_origin(one) is Literal:
             check_choice(name, value, get_args(one))
+    if isinstance(value, str) and Sequence[str] in (kind, *get_args(kind)):
+        check_genes(value, name)
     numeric = {int, float} & {kind, *get_args(kind)}
     raise (ValueError if numeric else TypeError)(f"`{name}` must be {_described(kind)}, found {shown(value)}.")
 
@@ -364,7 +367,8 @@ def _fits_collection(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
             _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
         )
     if issubclass(origin, Sequence):
-        return is_sequence(value) and all(_fits(item, inner[0]) for item in (value if inner else ()))
+        words = bool(inner) and get_origin(inner[0]) is not Literal  # the function itself says which words there are
+        return is_sequence(value) and all(_fits(item, inner[0]) for item in (value if words else ()))
     return callable(value) if issubclass(origin, Callable) else isinstance(value, origin)  # type: ignore[arg-type]
 
 
@@ -387,7 +391,10 @@ def _described(kind: Any) -> str:
             words = {str: "a list of names", float: "a list of finite numbers", int: "a list of whole numbers"}
             return words.get(inner[0], "a list")
         return "a function"
-    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+    if kind in _WORDS:
+        return _WORDS[kind]
+    word = getattr(kind, "__name__", str(kind))
+    return f"{'an' if word[0] in 'AEIOUaeiou' else 'a'} {word}"
 
 
 def shown(value: object) -> str:

@@ -259,7 +259,7 @@ def test_round_trip(small, tmp_path):
         ({"mpp": 0}, ValueError, "mpp"),
         ({"mpp": float("nan")}, ValueError, "mpp"),
         ({"n_genes": 0}, ValueError, "n_genes=1"),
-        ({"seed": 0.5}, TypeError, "seed"),
+        ({"seed": 0.5}, ValueError, "seed"),
         ({"seed": -1}, ValueError, "seed"),
         ({"capture_efficiency": 2}, ValueError, "capture_efficiency"),
         ({"spot_diameter_um": 120}, ValueError, "spot_diameter_um"),

@@ -363,7 +363,7 @@ def test_missing_extra(monkeypatch, tissue):
         ({"image_key": "x"}, KeyError, "found he. Pass image_key="),
         ({"channel": "DAPI"}, KeyError, "no channel 'DAPI'; found r, g, b. Pass channel="),
         ({"channel": 3}, KeyError, "no channel 3"),
-        ({"channel": True}, KeyError, "no channel True"),
+        ({"channel": True}, ValueError, "`channel` must be text or a whole number"),
         ({"threshold": 0.0}, ValueError, "`threshold` must be None or a positive number"),
         ({"min_area_um2": 50, "max_area_um2": 20}, ValueError, "must be positive and in this order, found 50 and 20"),
         ({"min_area_um2": 0.5}, ValueError, "At 0.5 µm per pixel, a nucleus of 0.5 µm² covers less than four pixels"),
@@ -390,7 +390,7 @@ def test_images_that_are_refused(glow, tissue):
     with pytest.raises(ValueError, match="µm per pixel of the image 'he' are not known.*Pass mpp="):
         nuclei(pixels)
     assert nuclei(pixels, mpp=MPP).shape == (100, 100)
-    with pytest.raises(TypeError, match="Expected a SpatialData object"):
+    with pytest.raises(TypeError, match="`sdata` must be a SpatialData"):
         stgen.pp.segment_nuclei(tissue)
 
 

@@ -401,7 +401,7 @@ def test_tile_grid_copy_and_store(on_tissue, tmp_path):
     ("arguments", "message"),
     [
         ({"spacing_um": 0}, "`spacing_um` must be a positive"),
-        ({"diameter_um": np.nan}, "`diameter_um` must be a positive"),
+        ({"diameter_um": np.nan}, "`diameter_um` must be a finite"),
         ({"min_tissue": 2}, "`min_tissue` must lie"),
     ],
 )

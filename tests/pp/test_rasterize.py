@@ -339,7 +339,7 @@ def test_coordinates_must_be_finite_and_molecules_exist():
         stgen.pp.rasterize(section(frame[:0]))
     with pytest.raises(KeyError, match="has no points. Pass table_key=<one of bin_counts>"):
         stgen.pp.rasterize(bins_table()[0])
-    with pytest.raises(TypeError, match="Expected a SpatialData object, found AnnData"):
+    with pytest.raises(TypeError, match="`sdata` must be a SpatialData, found AnnData"):
         stgen.pp.rasterize(AnnData(np.ones((2, 2))))
 
 
@@ -431,8 +431,8 @@ def test_degrading_twice_is_degrading_once():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"factor": 2.5}, TypeError, "`factor` must be a whole number of bins, found 2.5"),
-        ({"factor": True}, TypeError, "`factor` must be a whole number"),
+        ({"factor": 2.5}, ValueError, "`factor` must be a whole number, found 2.5"),
+        ({"factor": True}, ValueError, "`factor` must be a whole number"),
         ({"factor": 1}, ValueError, "`factor` must lie between 2 and 7 for the map 'm' of 7 x 5 bins"),
         ({"factor": 8}, ValueError, "`factor` must lie between 2 and 7"),
         ({"factor": 2, "map_key": "x"}, KeyError, "found m. Pass map_key="),

@@ -250,8 +250,8 @@ def test_thinning_a_map_is_binomial_and_loses_nothing():
     [
         ({"diameter_um": 120.0}, ValueError, "Spots of 120 µm overlap at a pitch of 100 µm"),
         ({"diameter_um": 0.0}, ValueError, "`diameter_um` must be a positive number"),
-        ({"pitch_um": np.nan}, ValueError, "`pitch_um` must be a positive number"),
-        ({"layout": "random"}, ValueError, "`layout` must be 'hex' or 'square', found 'random'"),
+        ({"pitch_um": np.nan}, ValueError, "`pitch_um` must be a finite number"),
+        ({"layout": "random"}, ValueError, "`layout` must be one of 'hex', 'square', found 'random'"),
         ({"thin": 1.0}, ValueError, "`thin` must be None or a probability"),
         ({"seed": -1}, ValueError, "`seed` must be a whole number"),
         (

@@ -424,7 +424,7 @@ BAD = [
     ({}, ValueError, "either markers=.* or reference="),
     ({"markers": MARKERS, "reference": AnnData()}, ValueError, "either markers=.* or reference="),
     ({"markers": {"A": ["g1"]}}, ValueError, "at least two types"),
-    ({"markers": {"A": "g1", "B": "g2"}}, TypeError, "type: \\[genes\\]"),
+    ({"markers": {"A": "g1", "B": "g2"}}, TypeError, "mapping of text to a list of names"),
     ({"markers": {"A": ["g1"], "B": ["x", "y"]}}, KeyError, "no marker of B was measured"),
     ({"markers": MARKERS, "temperature": 0}, ValueError, "temperature"),
     ({"markers": MARKERS, "temperature": "warm"}, ValueError, "temperature"),

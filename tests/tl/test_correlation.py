@@ -125,7 +125,7 @@ def test_samples_of_maps_are_read_by_gene_and_at_a_bin(sdata: SpatialData, count
         ({"genes": []}, KeyError, "none named"),
         ({"genes": ["A"]}, ValueError, "two genes"),
         ({"transform": "log1p_norm"}, ValueError, "leave `transform` out"),
-        ({"key": "X", "transform": "log7"}, ValueError, "unknown transform"),
+        ({"key": "X", "transform": "log7"}, ValueError, "`transform` must be one of"),
     ],
 )
 def test_bad_input_of_tables(table: AnnData, options, error, message) -> None:

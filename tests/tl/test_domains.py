@@ -169,7 +169,7 @@ def test_same_seed_same_domains_and_a_copy_leaves_the_object_alone(table):
         ({"key_added": "kind", "overwrite": True}, ValueError, "not a result"),
         ({"key_added": "KIND"}, ValueError, "side by side"),
         ({"key_added": "a b"}, ValueError, "a b"),
-        ({"resolution": "1"}, ValueError, "positive"),
+        ({"resolution": "1"}, ValueError, "finite number"),
         ({"seed": 2**40}, ValueError, "2"),
         ({"genes": ["g0", "constant"]}, ValueError, "1 of 2 genes differ"),
     ],

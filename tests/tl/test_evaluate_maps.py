@@ -249,7 +249,7 @@ def spoil(sdata: SpatialData) -> None:
         ({"replicate_key": "nothing"}, KeyError, "nothing"),
         ({"low_res": "nothing"}, KeyError, "no map or table 'nothing'"),
         ({"low_res": "coarse"}, ValueError, "whole block"),
-        ({"transform": "sqrt"}, ValueError, "unknown transform 'sqrt'"),
+        ({"transform": "sqrt"}, ValueError, "`transform` must be one of"),
         ({"transform": "log1p_norm"}, ValueError, "needs the total counts"),
         ({"gene_scale": {"A": 1.0, "B": 1.0}}, KeyError, "no entry for 1 of 3 genes: C"),
         ({"gene_scale": {"A": 1.0, "B": 0.0, "C": 1.0}}, ValueError, "found 0 for B"),

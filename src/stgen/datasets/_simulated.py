@@ -14,6 +14,8 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, PointsModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
+from stgen._checks import check_types
+
 from ._render import LARGE, Stain, render
 from ._tissue import CELL_TYPES, Tissue, at_points, draw_tissue
 
@@ -191,6 +193,7 @@ def _spot_grid(tissue: Tissue, pitch: float, radius: float) -> tuple[np.ndarray,
     return xy[keep], np.stack([i, 2 * j + i % 2], 1)[keep]
 
 
+@check_types
 def simulated_section(
     *,
     seed: int = 0,

@@ -12,6 +12,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen.metrics import LEAST_SAMPLES, coverage
 from stgen.pl._colors import SERIES
 from stgen.tl.comparison.compared import Values, find_compared
@@ -25,6 +26,7 @@ MARKERS = "os^Dvp"
 ROUNDING = 1e-9
 
 
+@check_types
 def calibration(
     data: SpatialData | AnnData,
     *,

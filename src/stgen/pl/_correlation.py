@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from stgen._checks import check_types
 from stgen.tl import GeneCorrelation
 
 __all__ = ["gene_correlation"]
@@ -18,6 +20,7 @@ __all__ = ["gene_correlation"]
 MOST_NAMES = 40  # genes that are written at the sides
 
 
+@partial(check_types, leave=("correlation",))
 def gene_correlation(
     correlation: GeneCorrelation | Mapping[str, GeneCorrelation],
     *,

@@ -17,6 +17,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from spatialdata import SpatialData
 from xarray import DataArray
 
+from stgen._checks import check_types
 from stgen._spatial.image import affine_to, histology_of, is_micrometers
 from stgen._spatial.section import get_section, get_table, shared_system
 from stgen.pl._colors import CATEGORIES, GRAY
@@ -37,6 +38,7 @@ from stgen.pl._panels import (
 __all__ = ["domains"]
 
 
+@check_types
 def domains(
     data: SpatialData | AnnData,
     keys: str | Sequence[str] = "domains",
@@ -50,7 +52,7 @@ def domains(
     spot_um: float | None = None,
     coordinate_system: str | None = None,
     alpha: float | None = None,
-    axes: np.ndarray | Sequence[Axes] | None = None,
+    axes: np.ndarray | Sequence[Axes] | Axes | None = None,
 ) -> np.ndarray:
     """Draw groups of locations over the section, such as domains beside an annotation. Stem, Figure 3.
 

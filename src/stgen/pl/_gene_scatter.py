@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from stgen._checks import check_types
 from stgen.pl._colors import BLUE, ORANGE
 from stgen.pl._scores import HIGHER_IS_BETTER, _nominal
 from stgen.tl import Scores
@@ -17,6 +19,7 @@ from stgen.tl import Scores
 __all__ = ["gene_scatter"]
 
 
+@partial(check_types, leave=("scores",))
 def gene_scatter(
     scores: Mapping[str, Scores] | pd.DataFrame,
     *,

@@ -12,6 +12,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen.pl._colors import BLUE, GREEN, ORANGE
 from stgen.tl.comparison.compared import Compared, find_compared
 from stgen.transforms import TransformName
@@ -19,6 +20,7 @@ from stgen.transforms import TransformName
 __all__ = ["gene_variation"]
 
 
+@check_types
 def gene_variation(
     data: SpatialData | AnnData,
     *,
@@ -27,7 +29,7 @@ def gene_variation(
     genes: Sequence[str] | None = None,
     transform: TransformName | None = None,
     table_key: str | None = None,
-    axes: np.ndarray | Sequence[Axes] | None = None,
+    axes: np.ndarray | Sequence[Axes] | Axes | None = None,
 ) -> np.ndarray:
     """Draw the variance of each gene across locations, of prediction and truth. Stem, Figures 4 to 7.
 

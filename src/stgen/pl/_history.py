@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from stgen._checks import check_types
 from stgen.models import Model
 from stgen.pl._colors import BLUE, CATEGORIES, VERMILION
 
@@ -16,6 +17,7 @@ __all__ = ["history"]
 PARTS = [color for color in CATEGORIES if color not in (BLUE, VERMILION)]
 
 
+@check_types
 def history(model: Model, *, ax: Axes | None = None) -> Axes:
     """Draw the training and validation losses of a fitted model.
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen._spatial.grid import Grid
 from stgen.metrics import ssim_map
 from stgen.pl._map_images import _window
@@ -19,6 +20,7 @@ from stgen.transforms import TransformName
 __all__ = ["local_ssim"]
 
 
+@check_types
 def local_ssim(
     sdata: SpatialData,
     genes: str | Sequence[str],

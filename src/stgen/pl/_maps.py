@@ -10,6 +10,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen.pl._map_images import picture_of_maps
 from stgen.pl._map_tables import picture_of_table
 from stgen.pl._panels import draw
@@ -19,6 +20,7 @@ __all__ = ["maps"]
 Panel = Literal["histology", "measured", "predicted", "truth", "spread", "error"]
 
 
+@check_types
 def maps(
     data: SpatialData | AnnData,
     genes: str | Sequence[str],
@@ -40,7 +42,7 @@ def maps(
     spread_cmap: str = "magma",
     error_cmap: str = "PuOr",
     alpha: float | None = None,
-    axes: np.ndarray | Sequence[Axes] | None = None,
+    axes: np.ndarray | Sequence[Axes] | Axes | None = None,
 ) -> np.ndarray:
     """Draw genes over the section: measured, predicted, and the spread of the prediction.
 

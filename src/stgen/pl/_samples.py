@@ -10,6 +10,7 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen.pl._colors import BLUE, GREEN, PURPLE, SKY, VERMILION
 from stgen.tl.comparison.compared import find_compared
 from stgen.tl.prediction.predict import STATISTICS
@@ -25,6 +26,7 @@ STYLES = {
 }
 
 
+@check_types
 def samples(
     data: SpatialData | AnnData,
     pairs: Sequence[tuple[str, str]],

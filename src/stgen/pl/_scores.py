@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from stgen._checks import check_types
 from stgen.tl import Scores
 
 __all__ = ["scores"]
@@ -28,6 +30,7 @@ MEANING = {
 HIGHER_IS_BETTER = ("PCC", "PCC/ceiling", "SSIM", "SSIM_sample")
 
 
+@partial(check_types, leave=("scores",))
 def scores(
     scores: Mapping[str, Scores] | pd.DataFrame, *, metric: str = "PCC", color: str = "C0", ax: Axes | None = None
 ) -> Axes:

@@ -11,6 +11,7 @@ from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
+from stgen._checks import check_types
 from stgen._spatial.image import Histology
 from stgen._spatial.platforms import spot_pitch
 from stgen._spatial.section import Section, get_section
@@ -73,6 +74,7 @@ class AlignmentReport:
         return "\n    ".join(lines)
 
 
+@check_types
 def check_alignment(
     data: SpatialData | AnnData,
     *,

@@ -12,6 +12,7 @@ from spatialdata import SpatialData
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from stgen._checks import check_types
 from stgen._spatial.records import check_new_key, made_by, provenance, record, shallow_copy
 from stgen._spatial.section import Section, get_section, get_table
 from stgen.data import dihedral
@@ -24,6 +25,7 @@ __all__ = ["embed"]
 logger = logging.getLogger("stgen")
 
 
+@check_types
 def embed(
     data: SpatialData | AnnData,
     *,

@@ -12,6 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen._spatial.counts import get_counts
 from stgen._spatial.records import check_new_key, made_by, provenance, record
 from stgen._spatial.section import get_table
@@ -28,6 +29,7 @@ _WHOLE_TRANSCRIPTOME = 5000  # genes of a table that must have ribosomal ones am
 _PER_SECTION = 2000
 
 
+@check_types
 def select_genes(
     data: AnnData | SpatialData | Mapping[str, AnnData | SpatialData] | Sequence[AnnData | SpatialData],
     n: int,

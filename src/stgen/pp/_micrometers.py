@@ -8,7 +8,7 @@ import numpy as np
 from spatialdata import SpatialData
 from spatialdata.transformations import Affine, Sequence, get_transformation, set_transformation
 
-from stgen._checks import check_positive, listed
+from stgen._checks import check_positive, check_types, listed
 from stgen._spatial.image import affine_to, is_micrometers
 from stgen.pp._rasterize import check_sdata
 
@@ -17,6 +17,7 @@ __all__ = ["name_micrometers"]
 logger = logging.getLogger("stgen")
 
 
+@check_types
 def name_micrometers(
     sdata: SpatialData,
     *,

@@ -24,7 +24,7 @@ from spatialdata.models import Labels2DModel
 from spatialdata.transformations import get_transformation
 from tqdm.auto import tqdm
 
-from stgen._checks import listed
+from stgen._checks import check_types, listed
 from stgen._spatial.image import Histology, image_of
 from stgen._spatial.records import made_by, provenance, record
 from stgen._spatial.section import find_image
@@ -51,6 +51,7 @@ _SLACK_PX = 2  # two tiles may differ this much about where the center of a nucl
 _CHUNK = 1024
 
 
+@check_types
 def segment_nuclei(
     sdata: SpatialData,
     *,

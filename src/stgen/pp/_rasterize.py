@@ -18,7 +18,7 @@ from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine, BaseTransformation, Scale, Translation, get_transformation
 from spatialdata.transformations import Sequence as Chain
 
-from stgen._checks import check_positive, listed, only_key
+from stgen._checks import check_positive, check_types, listed, only_key
 from stgen._spatial.counts import get_counts
 from stgen._spatial.grid import Grid, apply_affine, get_map, map_counts_checked, scaled
 from stgen._spatial.image import affine_to, is_micrometers, micrometers_per_unit
@@ -35,6 +35,7 @@ _MOST_BINS = 1e9
 _XY = ("x", "y")
 
 
+@check_types
 def rasterize(
     sdata: SpatialData,
     *,
@@ -177,6 +178,7 @@ def rasterize(
     logger.info("Counted %d genes in %d x %d bins of %g µm: images[%r].", len(names), width, height, bin_um, key_added)
 
 
+@check_types
 def degrade(
     sdata: SpatialData, *, map_key: str, factor: int, key_added: str | None = None, overwrite: bool = False
 ) -> None:

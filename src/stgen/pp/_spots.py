@@ -18,7 +18,7 @@ from spatialdata import SpatialData
 from spatialdata.models import PointsModel
 from spatialdata.transformations import get_transformation
 
-from stgen._checks import check_positive, only_key
+from stgen._checks import check_positive, check_types, only_key
 from stgen._spatial.grid import Grid, get_map, map_counts_checked
 from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import made_by, provenance, record, write_circles, write_image, write_table
@@ -32,6 +32,7 @@ __all__ = ["simulate_spots", "spots_to_map"]
 logger = logging.getLogger("stgen")
 
 
+@check_types
 def simulate_spots(
     sdata: SpatialData,
     *,
@@ -200,6 +201,7 @@ def simulate_spots(
     )
 
 
+@check_types
 def spots_to_map(
     sdata: SpatialData,
     *,

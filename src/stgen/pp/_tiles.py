@@ -11,7 +11,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.transformations import Affine, get_transformation
 
-from stgen._checks import check_positive
+from stgen._checks import check_positive, check_types
 from stgen._spatial.image import Histology, image_of
 from stgen._spatial.records import check_new_key, made_by, provenance, record, shallow_copy, write_circles, write_table
 from stgen._spatial.section import find_image
@@ -25,6 +25,7 @@ MOST_TILES = 1e7
 MOST_MASK_PX = 5e7  # of the mask of the tissue
 
 
+@check_types
 def tile_grid(
     sdata: SpatialData,
     *,

@@ -19,7 +19,7 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 from xarray import DataArray
 
-from stgen._checks import only_key
+from stgen._checks import check_types, only_key
 from stgen._spatial.grid import Grid, apply_affine, get_map, map_counts_checked
 from stgen._spatial.records import check_new_key, provenance, record, shallow_copy
 from stgen.pp._rasterize import check_sdata, genes_of
@@ -34,6 +34,7 @@ FUNCTION = "tl.aggregate_cells"
 GENES_AT_ONCE = 64
 
 
+@check_types
 def aggregate_cells(
     sdata: SpatialData,
     *,

@@ -17,6 +17,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel, TableModel
 from spatialdata.transformations import Identity, get_transformation
 
+from stgen._checks import check_types
 from stgen._spatial.counts import get_counts
 from stgen._spatial.records import check_new_key, provenance, record, shallow_copy, write_image
 from stgen._spatial.section import get_table
@@ -38,6 +39,7 @@ Part = tuple[Slices, np.ndarray, np.ndarray]
 """Where some locations are, the evidence for each type ``(types, ...)``, and the counts in all ``(...)``, NaN if unknown."""
 
 
+@check_types
 def localize_cell_types(
     data: SpatialData | AnnData,
     *,

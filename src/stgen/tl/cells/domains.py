@@ -16,6 +16,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel, TableModel
 from spatialdata.transformations import get_transformation
 
+from stgen._checks import check_types
 from stgen._spatial.records import check_new_key, provenance, record, shallow_copy
 from stgen._spatial.section import get_table
 from stgen.pp._embed import _copied
@@ -33,6 +34,7 @@ RESOLUTIONS = (1e-3, 30.0)  # between which a number of domains is searched
 TRIALS = 24
 
 
+@check_types
 def find_domains(
     data: SpatialData | AnnData,
     *,

@@ -17,6 +17,7 @@ from anndata import AnnData
 from tqdm.auto import tqdm
 
 from stgen import models as families
+from stgen._checks import check_types
 from stgen._spatial.tables import embedding_record, expression
 from stgen.tl.comparison.data import ELSEWHERE, choose_genes, hashes, named, own_tables
 from stgen.tl.comparison.folder import (
@@ -40,6 +41,7 @@ __all__ = ["compare"]
 logger = logging.getLogger("stgen")
 
 
+@check_types
 def compare(
     models: Sequence[str] | Mapping[str, str | Mapping[str, Any]] | str | Path,
     data: Mapping[str, Data],

@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen.metrics import pcc
 from stgen.tl.comparison.compared import find_compared
 from stgen.transforms import TransformName
@@ -49,6 +50,7 @@ class GeneCorrelation:
         return float(pcc(prediction, truth)[0])
 
 
+@check_types
 def gene_correlation(
     data: SpatialData | AnnData,
     *,

@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen._spatial.section import get_section, get_table
 from stgen._spatial.tables import expression, predicted_in_x, predictions_of
 from stgen.tl.evaluation.maps import evaluate_maps
@@ -19,6 +20,7 @@ from stgen.transforms import TransformName
 __all__ = ["Scores", "evaluate"]
 
 
+@check_types
 def evaluate(
     data: SpatialData | AnnData,
     *,

@@ -10,6 +10,7 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
+from stgen._checks import check_types
 from stgen._spatial.records import provenance
 from stgen._spatial.section import get_section, get_table
 from stgen._spatial.tables import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
@@ -25,6 +26,7 @@ logger = logging.getLogger("stgen")
 Data: TypeAlias = SpatialData | AnnData
 
 
+@check_types
 def fit(
     model: Model,
     data: Data | Mapping[str, Data],

@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stgen import models
+from stgen._checks import check_types
 from stgen._spatial.records import provenance
 from stgen._spatial.section import get_section
 from stgen._spatial.tables import expression
@@ -32,6 +33,7 @@ Statistic = Literal["mean", "median", "mode"]
 N_GENES = 200  # to cross-fit when none are named
 
 
+@check_types
 def predict_expression(
     data: SpatialData | AnnData,
     *,

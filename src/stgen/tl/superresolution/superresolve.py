@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stgen import models
-from stgen._checks import check_prompt, check_seed, check_whole, chosen_genes, only_key
+from stgen._checks import check_prompt, check_seed, check_types, check_whole, chosen_genes, only_key
 from stgen._spatial.grid import Grid, get_map
 from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import provenance, shallow_copy
@@ -35,6 +35,7 @@ logger = logging.getLogger("stgen")
 MOST_BYTES = 8e9  # of a result in memory
 
 
+@check_types
 def superresolve(
     sdata: SpatialData,
     image_key: str | None = None,
