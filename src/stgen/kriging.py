@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
-from scipy.linalg import eigh
+from scipy.linalg import eigh, solve
 
 from stgen.kernels import FeatureSpace, Gaussian, Kernel, Linear, Matern, Pairs, Places, WeightedSum, matern
 
@@ -68,26 +68,50 @@ class Spectrum:
 
     @classmethod
     def of(cls, kernel: Kernel, between: Mapping[Kernel, np.ndarray], scale: np.ndarray) -> Spectrum:
-        """Of a kernel whose terms are known between the spots; ``scale`` is one over the deviation of their noise."""
+        """Of a kernel whose terms are known between the spots."""
         scaled = scale[:, None] * scale
         values, vectors = eigh(sum(share * between[term] for share, term in kernel.terms) * scaled, overwrite_a=True)
         parts = [share * between[term] for share, term in kernel.terms if term.of_image]
         image = (sum(parts) * scaled) @ vectors if parts else np.zeros((0, 0))
         return cls(kernel, np.maximum(values, 0), vectors, image)
 
-    def errors(self, y: np.ndarray) -> np.ndarray:
-        """Mean squared error of spots predicted from all others, for each noise: ``(len(NOISE), G)``.
-
-        With the inverse covariance C, that error is ``(C y)_i / C_ii`` (Dubrule, 1983).
-        """
-        rotated, squared = self.vectors.T @ y, self.vectors**2
+    def errors(self, y: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+        """Mean squared error of spots predicted from all others, or of groups from the others: ``(len(NOISE), G)``."""
+        rotated, squared = self.vectors.T @ y, self.vectors**2 if groups is None else None
         errors = np.empty((len(NOISE), y.shape[1]))
         for number, noise in enumerate(NOISE):
             inverse = 1 / (self.values + noise)
-            errors[number] = (((self.vectors @ (inverse[:, None] * rotated)) / (squared @ inverse)[:, None]) ** 2).mean(
-                0
-            )
+            alpha = self.vectors @ (inverse[:, None] * rotated)
+            errors[number] = (self.left_out(alpha, inverse, groups, squared) ** 2).mean(0)
         return errors
+
+    def left_out(
+        self, alpha: np.ndarray, inverse: np.ndarray, groups: np.ndarray | None, squared: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What is wrong with each spot when it, or its group, is predicted from all others: ``(n, G)``.
+
+        With the inverse covariance C, what is left of a group S solves ``C_SS e = (C y)_S``; of a single spot, it is ``(C y)_i /
+        C_ii`` (Dubrule, 1983).
+
+        Parameters
+        ----------
+        alpha
+            ``C y``, shape ``(n, G)``.
+        inverse
+            Eigenvalues of C.
+        groups
+            Number of each spot's group; None to leave out single spots.
+        squared
+            The square of the eigenvectors, if it is there already.
+        """
+        if groups is None:
+            return np.asarray(alpha / ((self.vectors**2 if squared is None else squared) @ inverse)[:, None])
+        error = np.empty_like(alpha)
+        for group in np.unique(groups):
+            rows = groups == group
+            within = self.vectors[rows]
+            error[rows] = solve((within * inverse) @ within.T, alpha[rows], assume_a="pos")
+        return error
 
 
 @dataclass(frozen=True)
@@ -156,6 +180,11 @@ class Kriging:
     guide
         Columns ``(n, K)`` by which to choose kernels, where there are so many spots that not all kernels are solved
         (more than 600).
+    groups
+        Number of the group (a section, or a part of one) of each spot, shape ``(n,)``, if fields are to be predicted where there
+        are no spots: then kernels are those of the image alone, each has the same weight, and noise is what predicts whole
+        groups best from the others. By default fields lie among the spots. Spots of several sections differ by an offset of each
+        (its depth, its stain), which no kernel could predict: elsewhere, the mean over sections is expected.
     seed
         For the choice of spots on which they are tried.
 
@@ -171,13 +200,22 @@ class Kriging:
     (array([[1.]]), np.float64(1.0))
     """
 
-    def __init__(self, spots: Places, *, noise: np.ndarray | None = None, guide: np.ndarray, seed: int = 0) -> None:
-        self.spots = spots
+    def __init__(
+        self,
+        spots: Places,
+        *,
+        noise: np.ndarray | None = None,
+        guide: np.ndarray,
+        groups: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.spots, self.groups = spots, groups
         noise = np.ones(len(spots)) if noise is None else np.asarray(noise, float)
         self.precision = 1 / noise
         self.scale = np.sqrt(self.precision)
-        kernels = mixtures(kernels_of_space(), kernels_of_image(spots.features))
-        if len(spots) > ALL_KERNELS_UP_TO:
+        image = kernels_of_image(spots.features)
+        kernels = mixtures(kernels_of_space(), image) if groups is None else image
+        if len(spots) > ALL_KERNELS_UP_TO and groups is None:
             kernels = best_kernels(kernels, spots, self.precision, guide, seed)
         between = terms_between(kernels, spots)
         self.spectra = [Spectrum.of(kernel, between, self.scale) for kernel in kernels]
@@ -185,15 +223,10 @@ class Kriging:
     def solve(self, y: np.ndarray) -> Field:
         """Fit columns ``(n, G)``, each by itself."""
         y = np.asarray(y, float)
-        (n, n_columns), (mean, centered) = y.shape, centered_on(y, self.precision)
-        errors, variance = [spectrum.errors(centered) for spectrum in self.spectra], (centered**2).mean(0)
+        (n, n_columns), (means, centered) = y.shape, self._centered(y)
+        errors, variance = [spectrum.errors(centered, self.groups) for spectrum in self.spectra], (centered**2).mean(0)
         best = np.stack([e.argmin(0) for e in errors])  # (kernels, G)
-        relative = np.stack([e.min(0) for e in errors]) / np.maximum(variance, 1e-12)
-        likelihood = -n / 2 * np.log(np.maximum(relative, 1e-6))
-        share = np.exp(likelihood - likelihood.max(0))
-        share /= share.sum(0)
-        share = np.where(share >= MIN_WEIGHT, share, 0)
-        share /= share.sum(0)
+        share = self._shares(np.stack([e.min(0) for e in errors]) / np.maximum(variance, 1e-12))
         share[:, variance <= 1e-12] = 0  # constant: there is nothing to predict
 
         terms = sorted({term for spectrum in self.spectra for _, term in spectrum.kernel.terms}, key=str)
@@ -208,12 +241,14 @@ class Kriging:
                 own, inverse = share[number, at], 1 / (spectrum.values + NOISE[level])
                 rotated = inverse[:, None] * (spectrum.vectors.T @ centered[:, at])
                 alpha = spectrum.vectors @ rotated
-                error = alpha / (spectrum.vectors**2 @ inverse)[:, None]
+                error = spectrum.left_out(alpha, inverse, self.groups)
                 of_others[:, at] += own * (centered[:, at] - error)
                 for part, term in spectrum.kernel.terms:
                     weights[term][:, at] += own * part * self.scale[:, None] * alpha
                     kernels[term][at] += own * part
-                if len(spectrum.image):  # the same, of the image's part of the kernel alone
+                if self.groups is not None:
+                    of_image[:, at] += own * (centered[:, at] - error)
+                elif len(spectrum.image):  # the same, of the image's part of the kernel alone
                     own_part = (spectrum.image * spectrum.vectors) @ inverse
                     of_image[:, at] += own * (spectrum.image @ rotated - own_part[:, None] * error)
                 noise[at] += own * NOISE[level]
@@ -221,8 +256,29 @@ class Kriging:
             (part * centered).sum(0) / np.maximum((centered**2).sum(0), 1e-12) for part in (of_image, of_others)
         ]
         return Field(
-            mean, weights, mean + of_others / self.scale[:, None], explained[0], explained[1] - explained[0], noise, kernels
+            means.mean(0), weights, self._mean_of_others(means) + of_others / self.scale[:, None], explained[0], explained[1] - explained[0], noise, kernels
         )  # fmt: skip
+
+    def _centered(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Means ``(sections, G)``, and what remains of each spot in units of its noise."""
+        return centered_on(y, self.precision, self.spots.section)
+
+    def _mean_of_others(self, means: np.ndarray) -> np.ndarray:
+        """The mean of each spot ``(n, G)``, if its group, which is its section, had not been measured."""
+        if len(means) == 1 or self.spots.section is None:
+            return means
+        others = (means.sum(0) - means) / (len(means) - 1)
+        return np.asarray(others[np.unique(self.spots.section, return_inverse=True)[1]])
+
+    def _shares(self, relative: np.ndarray) -> np.ndarray:
+        """Weight of each kernel in the mean over all, from the share of the variance that it leaves: ``(kernels, G)``."""
+        if self.groups is not None:  # too few to tell kernels apart
+            return np.full(relative.shape, 1 / len(relative))
+        likelihood = -len(self.spots) / 2 * np.log(np.maximum(relative, 1e-6))
+        share = np.exp(likelihood - likelihood.max(0))
+        share /= share.sum(0)
+        share = np.where(share >= MIN_WEIGHT, share, 0)
+        return np.asarray(share / share.sum(0))
 
     def predict(self, fields: Field, places: Places) -> np.ndarray:
         """Fields at other places, shape ``(len(places), G)``."""
@@ -268,8 +324,8 @@ class Kriging:
             return lambda places: np.zeros((len(places), n_samples, n_columns))
         kernel = WeightedSum(tuple((share, term) for term, share in shares.items()))
         spectrum = Spectrum.of(kernel, terms_between([kernel], self.spots), self.scale)
-        centered = centered_on(np.asarray(y, float), self.precision)[1]
-        errors, variance = spectrum.errors(centered), (centered**2).mean(0)
+        centered = self._centered(np.asarray(y, float))[1]
+        errors, variance = spectrum.errors(centered, self.groups), (centered**2).mean(0)
         level = errors.argmin(0)
         noise = NOISE[level]
         rotated = spectrum.vectors.T @ centered
@@ -292,10 +348,19 @@ class Kriging:
         return deviations
 
 
-def centered_on(y: np.ndarray, precision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over spots, weighted by their precision, and what remains in units of the noise."""
-    mean = precision @ y / precision.sum()
-    return mean, (y - mean) * np.sqrt(precision)[:, None]
+def centered_on(
+    y: np.ndarray, precision: np.ndarray, section: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of spots ``(n, G)`` in each section, weighted by their precision; and what remains, in units of the noise.
+
+    Returns
+    -------
+    Shapes ``(sections, G)`` and ``(n, G)``.
+    """
+    number = np.zeros(len(y), int) if section is None else np.unique(section, return_inverse=True)[1]
+    each = [(precision[rows], y[rows]) for rows in (number == i for i in range(number.max() + 1))]
+    means = np.stack([weight @ values / weight.sum() for weight, values in each])
+    return means, (y - means[number]) * np.sqrt(precision)[:, None]
 
 
 def terms_between(kernels: Sequence[Kernel], spots: Places) -> dict[Kernel, np.ndarray]:
@@ -320,7 +385,7 @@ def best_kernels(
         )
         rows |= set(np.argsort(apart[:, 0])[: ALL_KERNELS_UP_TO // PATCHES].tolist())
     some = np.array(sorted(rows))
-    between, y = terms_between(kernels, spots[some]), centered_on(guide[some], precision[some])[1]
+    between, y = terms_between(kernels, spots[some]), centered_on(guide[some], precision[some], spots[some].section)[1]
     scale = np.sqrt(precision[some])
     error = [Spectrum.of(kernel, between, scale).errors(y).min(0) for kernel in kernels]
     order = np.argsort([np.log(np.maximum(e, 1e-12)).mean() for e in error])

@@ -14,6 +14,7 @@ from stgen.models._maps import MapModel
 from stgen.models.c3diff import C3Diff, C3DiffOptions
 from stgen.models.diffst import DiffST, DiffSTOptions
 from stgen.models.hadmst import HaDMST, HaDMSTOptions
+from stgen.models.kernel_regression import KernelRegression
 from stgen.models.stem import Stem, StemOptions
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "HaDMST",
     "HaDMSTOptions",
     "Interpolate",
+    "KernelRegression",
     "LinearProbe",
     "MapDiffusionModel",
     "MapModel",

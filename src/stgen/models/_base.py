@@ -24,6 +24,7 @@ from stgen.transforms import TransformName, unit
 
 __all__ = ["Config", "DiffusionModel", "Model", "SteppedModel", "known_models"]
 
+T = TypeVar("T")
 D = TypeVar("D", bound=training.Dataset)
 
 
@@ -42,8 +43,8 @@ class Config(dict[str, Any]):
         return type(self), (dict(self),)  # for copies: the default would set item by item
 
 
-class Model(nn.Module, ABC, Generic[D]):
-    """A model that can be fitted, sampled, saved and loaded; ``D`` is what it is fitted on.
+class Model(nn.Module, ABC, Generic[T]):
+    """A model that can be fitted, sampled, saved and loaded; ``T`` is what it is fitted on.
 
     Parameters
     ----------
@@ -60,11 +61,12 @@ class Model(nn.Module, ABC, Generic[D]):
     stochastic
         Whether samples differ. A deterministic model gives one sample and no spread.
     takes
-        What the model is fitted on: the histology embeddings of ``"locations"``, or ``"maps"`` with their histology.
+        What the model is fitted on: the histology embeddings of ``"locations"``, ``"maps"`` with their histology, or
+        ``"sections"``: their spots with the histology around them, as :class:`stgen.data.MapInputs`.
     """
 
     stochastic: ClassVar[bool] = True
-    takes: ClassVar[Literal["locations", "maps"]] = "locations"
+    takes: ClassVar[Literal["locations", "maps", "sections"]] = "locations"
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class Model(nn.Module, ABC, Generic[D]):
         return next((p.device for p in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     @abstractmethod
-    def fit(self, train: D, validation: D | None = None, **options: Any) -> training.History:
+    def fit(self, train: T, validation: T | None = None, **options: Any) -> training.History:
         """Fit to training data; return the history of the losses."""
 
     @abstractmethod

@@ -89,7 +89,7 @@ class MapModel(Model[MapData]):
         ``embed_prompt(prompt)`` makes a vector.
     """
 
-    takes: ClassVar[Literal["locations", "maps"]] = "maps"
+    takes: ClassVar[Literal["locations", "maps", "sections"]] = "maps"
     needs_image: ClassVar[bool] = True
     needs_low_res: bool = True
     uses_low_res: bool = True

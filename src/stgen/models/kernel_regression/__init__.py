@@ -1,0 +1,5 @@
+"""Kernel regression: expression from neighbors and looks, in closed form."""
+
+from stgen.models.kernel_regression.model import KernelRegression
+
+__all__ = ["KernelRegression"]
