@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
@@ -51,6 +51,12 @@ class Batch(TypedDict, total=False):
     gene: Tensor  # (B, K) numbers of the genes that are wanted, of a model that samples each by itself; all by default
 
 
+def with_each(batch: Batch, change: Callable[[Tensor], Tensor], names: Collection[str] | None = None) -> Batch:
+    """The batch with its entries changed: all of them, or those that are named and there."""
+    entries = cast(dict[str, Tensor], batch)  # to a type checker, the keys of a TypedDict are literals
+    return cast(Batch, {k: change(v) if names is None or k in names else v for k, v in entries.items()})
+
+
 def dihedral(x: Tensor, view: int) -> Tensor:
     """One of the eight rotations and reflections of a square, applied to the last two dimensions.
 
@@ -74,7 +80,11 @@ def dihedral(x: Tensor, view: int) -> Tensor:
     return torch.rot90(x.flip(-1) if view >= 4 else x, view % 4, (-2, -1))
 
 
-@dataclass
+def _float32(values: np.ndarray | Tensor) -> Tensor:
+    return torch.as_tensor(np.asarray(values, np.float32))
+
+
+@dataclass(init=False)
 class SpotData:
     """Expression and histology embeddings of locations, in memory.
 
@@ -100,25 +110,28 @@ class SpotData:
     (4, 8, torch.Size([5]))
     """
 
-    x: np.ndarray
-    h: np.ndarray
-    group: np.ndarray | None = None
-    mean: np.ndarray | None = None
-    n_views: int = field(init=False)
+    x: Tensor  # (n, G)
+    h: Tensor  # (n, V, D)
+    group: np.ndarray
+    mean: Tensor | None
     noise_levels: ClassVar[int] = 8  # at which each validation item is scored: enough to compare two evaluations
 
-    def __post_init__(self) -> None:
-        self.x = torch.as_tensor(np.asarray(self.x, np.float32))
-        h = torch.as_tensor(np.asarray(self.h, np.float32))
-        self.h = h[:, None] if h.ndim == 2 else h
+    def __init__(
+        self,
+        x: np.ndarray | Tensor,
+        h: np.ndarray | Tensor,
+        group: np.ndarray | None = None,
+        mean: np.ndarray | Tensor | None = None,
+    ) -> None:
+        self.x, views = _float32(x), _float32(h)
+        self.h = views[:, None] if views.ndim == 2 else views
         self.n_views = self.h.shape[1]
-        self.group = np.zeros(len(self.x), int) if self.group is None else np.asarray(self.group)
+        self.group = np.zeros(len(self.x), int) if group is None else np.asarray(group)
         if not len(self.x) == len(self.h) == len(self.group):
             raise ValueError(f"x, h and group differ in length: {len(self.x)}, {len(self.h)}, {len(self.group)}.")
-        if self.mean is not None:
-            self.mean = torch.as_tensor(np.asarray(self.mean, np.float32))
-            if self.mean.shape != self.x.shape:
-                raise ValueError(f"x and mean differ in shape: {tuple(self.x.shape)}, {tuple(self.mean.shape)}.")
+        self.mean = None if mean is None else _float32(mean)
+        if self.mean is not None and self.mean.shape != self.x.shape:
+            raise ValueError(f"x and mean differ in shape: {tuple(self.x.shape)}, {tuple(self.mean.shape)}.")
 
     def __len__(self) -> int:
         return len(self.x)

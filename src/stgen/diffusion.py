@@ -86,7 +86,8 @@ class Diffusion:
         """Variances ``beta_t`` of the single noising steps, shape ``(T,)``; linear in Stem, Section 4."""
         from diffusers import DDPMScheduler  # heavy, and needed only once a model is used
 
-        return DDPMScheduler(self.timesteps, self.beta_min, self.beta_max, self.schedule).betas.double()
+        betas: Tensor = vars(DDPMScheduler(self.timesteps, self.beta_min, self.beta_max, self.schedule))["betas"]
+        return betas.double()
 
     @cached_property
     def alpha_bars(self) -> Tensor:
@@ -403,18 +404,18 @@ class NoiseField:
         -------
         Noise on the CPU, shape ``(selected samples, selected channels, height, width)``.
         """
-        channels = np.arange(self.n_channels) if channels is None else np.asarray(channels)
-        out = torch.empty(len(range(self.n_samples)[samples]), len(channels), height, width)
+        wanted = np.arange(self.n_channels) if channels is None else np.asarray(channels)
+        out = torch.empty(len(range(self.n_samples)[samples]), len(wanted), height, width)
         for row in range(y0 // self.block, -(-(y0 + height) // self.block)):
             top = row * self.block
             for column in range(x0 // self.block, -(-(x0 + width) // self.block)):
                 left = column * self.block
                 y, x = max(top, y0), max(left, x0)
                 y1, x1 = min(top + self.block, y0 + height), min(left + self.block, x0 + width)
-                for group in np.unique(channels // CHANNELS):
+                for group in np.unique(wanted // CHANNELS):
                     block = self._block(row, column, step, int(group))[samples]
-                    at = np.flatnonzero(channels // CHANNELS == group)
-                    drawn = block[:, channels[at] % CHANNELS, y - top : y1 - top, x - left : x1 - left]
+                    at = np.flatnonzero(wanted // CHANNELS == group)
+                    drawn = block[:, wanted[at] % CHANNELS, y - top : y1 - top, x - left : x1 - left]
                     out[:, at, y - y0 : y1 - y0, x - x0 : x1 - x0] = drawn
         return out
 

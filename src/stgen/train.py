@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from stgen.data import Batch, StepSampler
+from stgen.data import Batch, StepSampler, with_each
 
 __all__ = ["Dataset", "Trainable", "check_device", "fit"]
 
@@ -60,7 +60,7 @@ class Trainable(nn.Module, ABC):
         Share of the training that is done, from 0 to 1, for what changes while it proceeds; 1 when it does not.
     """
 
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     progress: float = 1.0
 
     @property
@@ -236,9 +236,9 @@ class _State:
         self.history: History = {"step": []}
         self.recent: list[dict[str, float]] = []
 
-    def update(self, batch: dict[str, Tensor], max_grad_norm: float | None) -> None:
+    def update(self, batch: Batch, max_grad_norm: float | None) -> None:
         """One optimization step."""
-        batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        batch = with_each(batch, lambda value: value.to(self.accelerator.device))
         with self.accelerator.autocast():
             losses = self.wrapped(batch)
         self.accelerator.backward(losses["loss"] + losses.get("discriminator", 0))  # each reaches its own weights only
@@ -295,7 +295,7 @@ class _State:
             for start in range(0, len(validation), batch_size):
                 items = [validation[i] for i in range(start, min(start + batch_size, len(validation)))]
                 batch = default_collate(items * validation.noise_levels)
-                batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+                batch = with_each(batch, lambda value: value.to(self.accelerator.device))
                 total += float(self.model.loss(batch)["loss"]) * len(items)
         return total / len(validation)
 

@@ -37,7 +37,7 @@ class Config(dict[str, Any]):
             "type(model)(**{**model.config, ...})."
         )
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[type[Config], tuple[dict[str, Any]]]:
         return type(self), (dict(self),)  # for copies: the default would set item by item
@@ -65,6 +65,8 @@ class Model(nn.Module, ABC, Generic[T]):
         ``"sections"``: their spots with the histology around them, as :class:`stgen.data.MapInputs`.
     """
 
+    config: dict[str, Any]
+    record: dict[str, Any]
     stochastic: ClassVar[bool] = True
     takes: ClassVar[Literal["locations", "maps", "sections"]] = "locations"
 
@@ -76,7 +78,7 @@ class Model(nn.Module, ABC, Generic[T]):
         genes = check_genes(genes)
         unit(config["transform"])
         self.config = Config(deepcopy({**config, "genes": genes}))
-        self.record: dict[str, Any] = {}
+        self.record = {}
 
     @property
     def genes(self) -> list[str]:

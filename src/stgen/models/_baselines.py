@@ -21,6 +21,8 @@ from stgen.transforms import TransformName
 
 __all__ = ["LinearProbe", "Retrieval", "TrainingMean"]
 
+PENALTIES = tuple(np.logspace(-4, 3, 29).tolist())
+
 
 class PointModel(Model[SpotData]):
     """A model that predicts one value and no spread: :meth:`predict` is all that a subclass adds to its fit."""
@@ -133,7 +135,7 @@ class LinearProbe(PointModel):
         *,
         embedding_dim: int,
         transform: TransformName = "log1p_norm",
-        penalties: Sequence[float] = tuple(float(p) for p in np.logspace(-4, 3, 29)),
+        penalties: Sequence[float] = PENALTIES,
         clamp: float = 4.0,
     ) -> None:
         super().__init__(
@@ -165,7 +167,7 @@ class LinearProbe(PointModel):
         folds = torch.as_tensor(group_folds(data.group))
         penalties = self.config["penalties"]
         fits, error = [], torch.zeros(len(penalties))
-        for fold in folds.unique():  # type: ignore[no-untyped-call]
+        for fold in folds.unique():
             inside = folds != fold
             standardize = Standardize(h.shape[1], self.config["clamp"]).fit(h[inside])
             fits.append((~inside, standardize(h[~inside]), *ridge(standardize(h[inside]), x[inside], penalties)))

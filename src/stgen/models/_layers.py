@@ -254,8 +254,8 @@ def _level(
     return nn.ModuleList([*layers, *([PixelAttention(width, head_dim)] if number in attention else [])])
 
 
-def _through(layers: nn.ModuleList, x: Tensor, time: Tensor | None) -> Tensor:
-    for layer in layers:
+def _through(layers: nn.Module, x: Tensor, time: Tensor | None) -> Tensor:
+    for layer in layers.children():
         x = layer(x, time) if isinstance(layer, ResBlock) else layer(x)
     return x
 

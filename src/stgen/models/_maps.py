@@ -288,7 +288,8 @@ class ImageScale(nn.Module):
 
     def fit(self, data: MapData) -> ImageScale:
         """Take mean and standard deviation of each channel from training tiles."""
-        total, squares, n = 0, 0, 0
+        total = squares = torch.zeros((), dtype=torch.float64)
+        n = 0
         for batch in training_tiles(data):
             h = batch["h"][0].double().flatten(1)
             total, squares, n = total + h.sum(1), squares + h.square().sum(1), n + h.shape[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +72,7 @@ def _encoded(text: str, encoder: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _bert(encoder: str):
+def _bert(encoder: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Tokenizer and network of that name."""
     try:
         from transformers import AutoModel, AutoTokenizer

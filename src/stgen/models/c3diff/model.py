@@ -312,7 +312,7 @@ class C3Diff(MapDiffusionModel):
         scale = self.gene_scale.of(y).expand(*y.shape[:2], 1, 1)
         y = _pick(y / scale, gene)
         cond = {"gene": gene, "y": y, "scale": _pick(scale, gene), "kept": here.new_ones(len(y))}
-        if o.residual:
+        if isinstance(self.control, UNet):  # with `residual`
             levels = self.control.decode(levels)
             readout = F.pixel_shuffle(self.control.finish(levels[0]), o.control_patch)
             codes = self.codes()[gene]

@@ -46,7 +46,8 @@ class GeneCode(nn.Module):
 
     def fit(self, data: MapData, scale: Tensor) -> None:
         """Take mean, share of bins with a count, and log scale from training tiles, each standardized over the genes."""
-        total, some, n = 0, 0, 0
+        total, some = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        n = 0
         for batch in training_tiles(data):
             x = batch["x"][0][:, batch["tissue"][0, 0] > 0].double()
             total, some, n = total + x.sum(1), some + (x > 0).sum(1), n + x.shape[1]

@@ -143,7 +143,8 @@ def adversarial_loss(fake: DiscriminatorOutput) -> Tensor:
 
 def hinge_loss(real: DiscriminatorOutput, fake: DiscriminatorOutput) -> Tensor:
     """What the discriminator minimizes: ``max(0, 1 - D(real)) + max(0, 1 + D(fake))``. HaDM-ST, GDAL; hinge version."""
-    return sum(F.relu(1 - a).mean() + F.relu(1 + b).mean() for a, b in zip(real, fake, strict=True)) / 2
+    genes, overall = (F.relu(1 - a).mean() + F.relu(1 + b).mean() for a, b in zip(real, fake, strict=True))
+    return (genes + overall) / 2
 
 
 def low_noise_mask(t: Tensor, timesteps: int) -> Tensor:

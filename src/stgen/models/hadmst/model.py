@@ -266,7 +266,7 @@ class HaDMST(MapDiffusionModel):
             h = torch.cat([h, 2 * batch["s"]], 1)
         f_h, semantic = self.histology(h), None
         self.check_window(*f_h.shape[2:])
-        if self.semantic is not None:
+        if self.semantic is not None and self.told is not None:
             semantic = self.semantic(f_h, batch.get("text") if self.needs_text else None)
             f_h = f_h + self.told(F.interpolate(semantic, scale_factor=self.options.token, mode="bilinear"))
         y = torch.where(batch["valid"] > 0, batch["y"] / self.gene_scale.of(batch["y"]), self.null)

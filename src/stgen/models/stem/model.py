@@ -91,9 +91,11 @@ class Stem(DiffusionModel[SpotData]):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.kaiming_uniform_(self.gene_type, a=5**0.5)
-        for layer in (self.time[0], self.time[2], self.image[0], self.image[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.final_modulation, self.final, *(block.modulation for block in self.blocks)):
+        for layer in (*self.time, *self.image):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        modulations = [block.modulation for block in self.blocks if isinstance(block, TransformerBlock)]
+        for layer in (self.final_modulation, self.final, *modulations):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
