@@ -203,6 +203,18 @@ class MapInputs:
     seen: np.ndarray | None = None
 
     @property
+    def measured(self) -> Measurement:
+        """The low-resolution data, of a section that has some."""
+        if self.measurement is None:
+            raise ValueError("this section has no low-resolution data.")
+        return self.measurement
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Which footprints of the measurement are :attr:`seen`, shape ``(n,)``."""
+        return np.ones(len(self.measured.footprints), bool) if self.seen is None else self.seen
+
+    @property
     def height(self) -> int:
         """Number of rows of bins."""
         return self.tissue.shape[0]
@@ -306,33 +318,32 @@ class MapData:
 
     def __getitem__(self, item: int | tuple[int, int]) -> Batch:
         i, view = item if isinstance(item, tuple) else (item, 0)
-        number, y, x = self.corners[i]
+        number, y, x = self.corners[i].tolist()
         section, tile = self.sections[number], self.tile
         counts = np.asarray(section.truth[:, y : y + tile, x : x + tile], np.float32)
         known = section.tissue[y : y + tile, x : x + tile] & np.isfinite(counts).all(0)
         beyond = ((0, 0), *((0, tile - n) for n in known.shape))  # of a section smaller than a tile
         counts = np.pad(np.where(known, counts, 0), beyond)
-        item: Batch = {
+        tiles: Batch = {
             "x": torch.as_tensor(transform_counts(counts, np.ones(1), self.transform)),
             "tissue": torch.as_tensor(np.pad(known[None].astype(np.float32), beyond)),
             "h": torch.zeros(1, tile, tile),
             "y": torch.zeros(len(counts), tile, tile),
             "valid": torch.zeros(1, tile, tile),
         }
-        item |= section.conditions((y, x, tile, tile), self.transform, self.kernel)
-        for name in MAPS & item.keys():
-            item[name] = dihedral(item[name], view).contiguous()
-        return {"index": torch.as_tensor(i), **item}
+        tiles |= section.conditions((y, x, tile, tile), self.transform, self.kernel)
+        return {"index": torch.as_tensor(i), **with_each(tiles, lambda maps: dihedral(maps, view).contiguous(), MAPS)}
 
     def some(self, n: int) -> Iterator[Batch]:
         """At most ``n`` tiles, evenly spread over all, each as a batch of one."""
         for i in np.unique(np.linspace(0, len(self) - 1, n).round().astype(int)) if len(self) else ():
-            yield {name: value[None] for name, value in self[int(i)].items()}
+            yield with_each(self[int(i)], lambda value: value[None])
 
     def fingerprint(self) -> list[str]:
         """What tells this dataset from another, for the checkpoint of a run."""
         ends = [self[i] for i in (0, len(self) - 1)] if len(self) else []
-        return [f"{value.double().norm():.5g}" for item in ends for value in item.values()]
+        entries = [value for item in ends for value in item.values() if isinstance(value, Tensor)]
+        return [f"{value.double().norm():.5g}" for value in entries]
 
 
 def low_resolution_input(

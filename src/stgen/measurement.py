@@ -22,6 +22,9 @@ __all__ = ["Consistency", "Footprints", "Kernel", "Measurement"]
 
 Kernel = Literal["gaussian", "nearest", "linear", "cubic"]
 
+WITHIN_A_PITCH = math.exp(-0.5 * (1 / 0.45) ** 2)
+"""What the Gaussian kernel is at a distance of one pitch."""
+
 KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of the distance along one axis, in pitches
     "gaussian": lambda d: np.exp(-0.5 * (d / 0.45) ** 2),
     "nearest": lambda d: (np.abs(d) <= 0.5).astype(float),
@@ -176,7 +179,7 @@ class Footprints:
         """Which bins of a window lie within about one pitch of one of them, shape ``(height, width)``."""
         near = self.near(y0, x0, height, width, REACH * self.pitch)
         along_y, along_x = (KERNELS["gaussian"](d) for d in self.distances(near, y0, x0, height, width))
-        return along_y @ along_x.T >= KERNELS["gaussian"](1.0)
+        return along_y @ along_x.T >= WITHIN_A_PITCH
 
     def distances(self, rows: np.ndarray, y0: int, x0: int, height: int, width: int) -> list[np.ndarray]:
         """From the bins of a window to some footprints along y, and along x, in pitches: ``(height, n)``, ``(width, n)``."""
@@ -263,7 +266,8 @@ class Measurement:
         """Some of the genes, by number, with dense counts."""
         counts = self.counts[:, columns]
         names = tuple(self.genes[int(i)] for i in columns) if self.genes else ()
-        return Measurement(self.footprints, counts.toarray() if sparse.issparse(counts) else counts, names, self.totals)
+        dense = counts if isinstance(counts, np.ndarray) else counts.toarray()
+        return Measurement(self.footprints, dense, names, self.totals)
 
     @cached_property
     def totals(self) -> np.ndarray:
@@ -305,7 +309,7 @@ class Measurement:
         near = footprints.near(y0, x0, height, width, REACH * footprints.pitch)
         distance = footprints.distances(near, y0, x0, height, width)
         smooth = [KERNELS["gaussian"](d) for d in distance]
-        valid = smooth[0] @ smooth[1].T >= KERNELS["gaussian"](1.0)
+        valid = smooth[0] @ smooth[1].T >= WITHIN_A_PITCH
         along_y, along_x = smooth if kernel == "gaussian" else [KERNELS[kernel](d) for d in distance]
         weight = (along_y * footprints.area[near]) @ along_x.T
         along_y, along_x = along_y.astype(np.float32), along_x.astype(np.float32)

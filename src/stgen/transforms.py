@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["TransformName", "inverse_transform", "transform_counts", "unit"]
 
@@ -70,7 +73,11 @@ def transform_counts(counts: np.ndarray, total: np.ndarray, name: TransformName)
     return counts
 
 
-def inverse_transform(x: np.ndarray, name: TransformName) -> np.ndarray:
+@overload
+def inverse_transform(x: np.ndarray, name: TransformName) -> np.ndarray: ...
+@overload
+def inverse_transform(x: Tensor, name: TransformName) -> Tensor: ...
+def inverse_transform(x: Any, name: TransformName) -> Any:
     """Bring a named scale back to counts; the inverse of :func:`transform_counts`.
 
     Parameters

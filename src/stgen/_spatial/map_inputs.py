@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from spatialdata import SpatialData
@@ -24,11 +24,27 @@ from stgen._spatial.section import Locations, annotated_region, image_mpp, locat
 from stgen._spatial.tissue import check_some_tissue, known_bins, tissue_near, tissue_of_image, with_tissue_around
 from stgen.data import MapInputs
 from stgen.measurement import Footprints, Measurement
-from stgen.models import MapModel
 
 __all__ = ["MapElements"]
 
 logger = logging.getLogger("stgen")
+
+
+class LooksAt(Protocol):
+    """What a model of maps, or what stands for one, looks at; see :class:`stgen.models.MapModel`."""
+
+    @property
+    def genes(self) -> list[str]: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def needs_image(self) -> bool: ...
+    @property
+    def needs_labels(self) -> bool: ...
+    @property
+    def needs_all_genes(self) -> bool: ...
+    @property
+    def tissue_reach(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -130,12 +146,14 @@ class MapElements:
     def spot_pitch_um(self) -> float:
         """Distance between neighboring spots of ``low_res`` in µm; NaN if nothing tells."""
         um_per_unit = self._um_per_unit()
-        return np.nan if um_per_unit is None else spot_pitch(self.spots.xy)[0] * um_per_unit
+        if self.spots is None or um_per_unit is None:
+            return np.nan
+        return spot_pitch(self.spots.xy)[0] * um_per_unit
 
     def _um_per_unit(self) -> float | None:
         if self.image_key is not None:
             return self.image.mpp / affine_to(self.sdata.images[self.image_key], self.system)[1]
-        return self.mpp if self.mpp is not None else self.spots.um_per_unit()
+        return self.mpp if self.mpp is not None or self.spots is None else self.spots.um_per_unit()
 
     # ---- grids ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +164,8 @@ class MapElements:
 
     def grid_of_spots(self, bin_um: float) -> Grid:
         """Bins around the spots."""
+        if self.spots is None:
+            raise ValueError("there are no spots to lay bins around; name an image, or a map as like=.")
         return Grid.around(self.spots, str(self.low_res), bin_um=bin_um, mpp=self.mpp)
 
     # ---- what maps are made from ---------------------------------------------------------------------------------
@@ -172,13 +192,16 @@ class MapElements:
         else:
             table = self.sdata.tables[self.low_res]
             footprints = footprints_of(self.spots, str(self.low_res), grid)
-            counts = get_counts(table, genes=genes, layer=self.layer, dense=genes is not None)
             names = [str(name) for name in (table.var_names if genes is None else genes)]
-            measurement = Measurement(footprints, counts if genes is not None else counts.tocsc(), tuple(names))
+            if genes is None:
+                counts = get_counts(table, layer=self.layer, dense=False).tocsc()
+            else:
+                counts = get_counts(table, genes=genes, layer=self.layer)
+            measurement = Measurement(footprints, counts, tuple(names))
         check_on_grid(measurement.footprints, str(self.low_res), grid)
         return measurement
 
-    def inputs(self, grid: Grid, model: MapModel, *, text: np.ndarray | None = None, truth: Any = None) -> MapInputs:
+    def inputs(self, grid: Grid, model: LooksAt, *, text: np.ndarray | None = None, truth: Any = None) -> MapInputs:
         """What the maps of the section are made from, for a model.
 
         Parameters
@@ -223,7 +246,7 @@ class MapElements:
         seen = None if measurement is None else self._seen(grid, measurement.footprints, to_pixels)
         return MapInputs(tissue, grid.bin_um, image, measurement, labels, text, truth, seen)
 
-    def _image_window(self, grid: Grid, model: MapModel, to_pixels: np.ndarray) -> ImageWindow:
+    def _image_window(self, grid: Grid, model: LooksAt, to_pixels: np.ndarray) -> ImageWindow:
         """A reader of the image on the grid, if it fits."""
         name = type(model).__name__
         image = self._in_pixels
@@ -261,6 +284,8 @@ class MapElements:
                 f"the map {self.map_key!r}",
             )
         elif measurement is None:
+            if to_pixels is None:
+                raise ValueError("nothing says where the tissue is; name an image, a map or low-resolution data.")
             tissue, where = tissue_of_image(self.image, to_pixels, grid), f"the image {self.image_key!r}"
         else:
             tissue, where = tissue_near(measurement.footprints, grid), "the low-resolution data"
@@ -276,7 +301,7 @@ class MapElements:
     def _seen(self, grid: Grid, footprints: Footprints, to_pixels: np.ndarray | None) -> np.ndarray:
         """Which footprints have their center on the grid, and on the image if there is one."""
         centers = footprints.centers
-        seen = ((centers >= 0) & (centers <= np.array([grid.height, grid.width]))).all(1)
+        seen = np.all((centers >= 0) & (centers <= np.array([grid.height, grid.width])), axis=1)
         if to_pixels is not None:
             seen &= self._in_pixels.covers(apply_affine(to_pixels, centers[:, ::-1]))
         return seen

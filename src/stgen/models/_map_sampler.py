@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from stgen.data import Batch, MapInputs, Rectangle
+from stgen.data import Batch, MapInputs, Rectangle, with_each
 from stgen.diffusion import NoiseField, Solver
 from stgen.measurement import Consistency, Measurement
 from stgen.transforms import inverse_transform
@@ -146,9 +146,10 @@ class NetworkSampler:
         model, tile = self.model, self.options.tile
         low_res = None if self.inputs.measurement is None else self.inputs.measurement.footprints
         block = 1 if low_res is None else low_res.blocks or 1  # no square lies across a border of two cores
-        discs = self.measurement is not None and self.measurement.footprints.blocks is None
-        reach = math.ceil(self.measurement.footprints.diameter) + 1 if discs else 0  # discs do, and are seen whole
         footprints = None if self.measurement is None else self.measurement.footprints
+        reach = 0
+        if footprints is not None and footprints.blocks is None:  # discs do, and are seen whole
+            reach = math.ceil(footprints.diameter) + 1
         height, width = (round_up(n, block) for n in (self.inputs.height, self.inputs.width))
         if model.fixed_tile:
             side = model.align
@@ -217,7 +218,7 @@ class NetworkSampler:
         conditions = self.inputs.conditions(window, self.model.transform, self.model.kernel)
         if self.model.gene_wise:
             conditions["gene"] = torch.as_tensor(columns)
-        return {name: value[None].to(self.options.device) for name, value in conditions.items()}
+        return with_each(conditions, lambda value: value[None].to(self.options.device))
 
     def _agreement(self, window: Rectangle, columns: list[int]) -> Consistency | None:
         """What makes maps of a window agree with the measurement, if they are to."""
@@ -242,7 +243,8 @@ class NetworkSampler:
         sampled, kept = (columns, slice(None)) if model.gene_wise else (None, columns)
 
         def scaled(x: Tensor) -> Tensor:
-            return TO_SCALE[transform](agree.toward(inverse_transform(x, transform).clamp(max=MOST_COUNTS)))
+            counts = inverse_transform(x, transform).clamp(max=MOST_COUNTS)
+            return TO_SCALE[transform](counts if agree is None else agree.toward(counts))
 
         def counts_of(x: Tensor) -> Tensor:
             counts = inverse_transform(x, transform).clamp(0, MOST_COUNTS)
@@ -252,7 +254,7 @@ class NetworkSampler:
             step = count()
             return lambda: self._noise.field(*window, next(step), samples, sampled)[None].to(options.device)
 
-        total = 0
+        total = torch.zeros((), dtype=torch.float64)
         for start in range(0, self.n_samples, options.batch_size):
             samples = slice(start, min(start + options.batch_size, self.n_samples))
             drawn = model.sample(

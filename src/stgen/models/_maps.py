@@ -152,6 +152,10 @@ class MapModel(Model[MapData]):
         """
         return NetworkSampler(self, inputs, genes, options)
 
+    def embed_prompt(self, prompt: str) -> np.ndarray:
+        """What the model is told by a prompt, shape ``(D,)``, of a model that takes one."""
+        raise ValueError(f"this {type(self).__name__} takes no text.")
+
     def check_window(self, height: int, width: int) -> None:
         """Refuse a window that the network cannot take."""
         if self.fixed_tile and (height, width) != (self.align, self.align):

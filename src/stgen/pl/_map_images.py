@@ -19,6 +19,7 @@ from stgen.pl._panels import (
     Discs,
     Picture,
     Pixels,
+    Scale,
     bounds_in,
     check_panels,
     checked_axes,
@@ -50,11 +51,15 @@ def picture_of_maps(
     """What to draw of maps, and the axes, once everything is checked."""
     shown = _shown(sdata, keys, panels, image_key, low_res, truth_key)
     axes = checked_axes(axes, (len(genes), len(shown)))
-    counted = dict.fromkeys(key for panel, key in shown if panel != "histology" and key in sdata.images)
+    counted = dict.fromkeys(
+        key for panel, key in shown if panel != "histology" and key is not None and key in sdata.images
+    )
     spots = low_res if any(panel == "measured" for panel, _ in shown) and low_res not in sdata.images else None
-    extra = [f"{key}_std" if panel == "spread" else truth_key for panel, key in shown if panel in ("spread", "error")]
-    for key in [*keys, *counted, *extra]:
-        get_map(sdata, key, genes)
+    extra = [f"{key}_std" for panel, key in shown if panel == "spread"]
+    if truth_key is not None and any(panel == "error" for panel, _ in shown):
+        extra.append(truth_key)
+    for name in [*keys, *counted, *extra]:
+        get_map(sdata, name, genes)
     region = None if spots is None else annotated_region(sdata, sdata.tables[spots], spots, None)[0]
     placed_elements = [name for name in (*(counted or keys), image_key, region) if name is not None]
     system = shared_system(sdata, placed_elements, coordinate_system)
@@ -68,7 +73,7 @@ def picture_of_maps(
 
     columns = []
     for panel, key in shown:
-        if panel == "histology":
+        if key is None:  # the histology
             columns.append(Column(panel))
         elif key == spots:
             columns.append(_spots(sdata, spots, recorded_layer(sdata, keys, spots), genes, fine, system, window))
@@ -76,7 +81,7 @@ def picture_of_maps(
             column = _column(panel, key, views[key], truth_key, len(keys))
             columns.append(column._replace(remark=_remark(sdata, key, genes)) if panel == "predicted" else column)
     unit = f"counts per {fine.bin_um:.4g} µm bin"
-    units = {"expression": unit, "spread": f"SD, {unit}", "error": f"predicted minus truth,\n{unit}"}
+    units: dict[Scale, str] = {"expression": unit, "spread": f"SD, {unit}", "error": f"predicted minus truth,\n{unit}"}
     image = None
     if image_key is not None:
         histology = histology_of(sdata, image_key, mpp=1.0)  # in pixels
@@ -125,14 +130,14 @@ def _shown(
         "error": None if truth_key is not None else no_truth,
     }
     panels = check_panels(panels, there, ("measured", "predicted", "truth", "spread"))
-    if "error" in panels:
+    if "error" in panels and truth_key is not None:
         for key in keys:
             check_same_grid(sdata, key, truth_key)
-    element = {"histology": [None], "measured": [low_res], "truth": [truth_key]}
+    element: dict[str, list[str | None]] = {"histology": [None], "measured": [low_res], "truth": [truth_key]}
     return [
         (panel, key)
         for panel in panels
-        for key in element.get(panel, keys)
+        for key in element.get(panel, [*keys])
         if panel != "spread" or f"{key}_std" in sdata.images
     ]
 
@@ -146,7 +151,7 @@ def _column(panel: str, key: str, view: _View, truth_key: str | None, n_keys: in
     if panel == "spread":
         return Column(title, "spread", view.pixels, view.reader(f"{key}_std"))
     read = view.reader(key)
-    if panel == "error":
+    if panel == "error" and truth_key is not None:
         true = view.reader(truth_key)  # on the same grid
         return Column(title, "error", view.pixels, lambda gene: read(gene) - true(gene))
     return Column(title, "expression", view.pixels, read)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
 from stgen._checks import check_types
 from stgen.pl._map_images import picture_of_maps
 from stgen.pl._map_tables import picture_of_table
-from stgen.pl._panels import draw
+from stgen.pl._panels import Scale, draw
 
 __all__ = ["maps"]
 
@@ -139,16 +140,16 @@ def maps(
     keys = [keys] if isinstance(keys, str) else list(keys)
     if not genes:
         raise ValueError('`genes` is empty; name at least one, such as pl.maps(data, ["EPCAM"]).')
-    for_maps = {
+    for_maps: dict[str, Any] = {
         "low_res": low_res,
         "truth_key": truth_key,
         "bounds_um": bounds_um,
         "coordinate_system": coordinate_system,
     }
-    for_tables = {
+    for_tables: dict[str, Any] = {
         "table_key": table_key, "shapes_key": shapes_key, "truth_layer": truth_layer, "mpp": mpp, "spot_um": spot_um
     }  # fmt: skip
-    what = {"panels": panels, "axes": axes, "image_key": image_key}
+    what: dict[str, Any] = {"panels": panels, "axes": axes, "image_key": image_key}
     are_maps = isinstance(data, SpatialData) and any(key in data.images for key in keys)
     _refuse(for_tables if are_maps else for_maps, keys, are_maps=are_maps)
     if not are_maps and isinstance(data, SpatialData):
@@ -157,7 +158,7 @@ def maps(
         picture, axes = picture_of_maps(data, genes, keys, **what, **for_maps)
     else:
         picture, axes = picture_of_table(data, genes, keys, **what, **for_tables)
-    cmaps = {"expression": cmap, "spread": spread_cmap, "error": error_cmap}
+    cmaps: dict[Scale, str | Colormap] = {"expression": cmap, "spread": spread_cmap, "error": error_cmap}
     return draw(picture, genes, axes, quantiles=quantiles, cmaps=cmaps, alpha=alpha)
 
 

@@ -50,7 +50,7 @@ def evaluate_maps(
     if maps.n_samples:
         warn_of_few_samples(maps.n_samples)
     rows, moran = {}, {}
-    known_of_all, n_constant = True, 0
+    known_of_all, n_constant = np.ones(get_map(sdata, key).shape[1:], bool), 0
     for gene in maps.genes:
         pred, truth, samples = maps.read(gene, scale)
         known = np.isfinite(pred) & np.isfinite(truth)
@@ -63,7 +63,7 @@ def evaluate_maps(
         data_range = 1.0 if scale.by_gene else np.nanmax(truth)
         rows[gene] = _scores_of(gene, pred, truth, None if samples is None else drawn, known, data_range)
         moran[gene] = np.mean([metrics.morans_i_map(x) for x in drawn]), metrics.morans_i_map(truth)
-        rows[gene]["Moran_difference"] = moran[gene][0] - moran[gene][1]
+        rows[gene]["Moran_difference"] = float(moran[gene][0] - moran[gene][1])
         n_constant += np.ptp(pred[known]) == 0
         if replicate_key is not None:
             replicate = scale(maps.counts(replicate_key, [gene])[0], gene)

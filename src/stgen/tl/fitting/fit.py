@@ -127,7 +127,9 @@ def fit(
             f"{type(model).__name__} is a model of {model.takes}, which has no use for {', '.join(useless)}."
         )
     rng = np.random.default_rng(seed)
-    if model.takes == "maps":
+    train: SpotData | MapData
+    held_out: SpotData | MapData | None
+    if isinstance(model, MapModel):
         keys = MapKeys(map_key, image_key, low_res, labels_key, prompt, layer)
         train, held_out, record = _maps(model, sections, keys, tile, validation, rng)
         n = f"{record['n_bins']} bins"
@@ -255,7 +257,7 @@ def hold_out(blocks: np.ndarray, share: float, rng: np.random.Generator) -> np.n
     """Boolean mask of about ``share`` of the rows, in whole blocks, the same number of blocks from each section."""
     if not 0 <= share < 0.9:
         raise ValueError(f"`validation` must be a share in [0, 0.9), found {share}.")
-    chosen = []
+    chosen: list[int] = []
     for section in np.unique(blocks // 1000):
         names = np.unique(blocks[blocks // 1000 == section])
         chosen.extend(rng.permutation(names)[: int(np.ceil(share * len(names)))] if share else [])

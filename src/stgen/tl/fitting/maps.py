@@ -73,7 +73,7 @@ def gather_maps(
     gathered = []
     for name, sdata in sections.items():
         with in_section(name, sections):
-            gathered.append(_section(model, name, sdata, keys, prompts))
+            gathered.append(_section(model, name, sdata, keys.map_key, keys, prompts))
     known = sum(section.tissue.sum() for section in gathered)
     record = {
         "sections": list(sections),
@@ -143,13 +143,13 @@ def in_section(name: str, sections: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _section(
-    model: MapModel, name: str, sdata: SpatialData, keys: MapKeys, prompts: Mapping[str, np.ndarray]
+    model: MapModel, name: str, sdata: SpatialData, map_key: str, keys: MapKeys, prompts: Mapping[str, np.ndarray]
 ) -> MapInputs:
     """One section, checked against what the model takes."""
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"maps are in SpatialData objects; section {name!r} is a {type(sdata).__name__}.")
-    config, element = model.config, get_map(sdata, keys.map_key, model.genes)
-    grid = Grid.of_map(sdata, keys.map_key)
+    config, element = model.config, get_map(sdata, map_key, model.genes)
+    grid = Grid.of_map(sdata, map_key)
     if abs(grid.bin_um / config["bin_um"] - 1) > 0.01:
         raise ValueError(
             f"the map {keys.map_key!r} has bins of {grid.bin_um:.4g} µm and the model is for "
@@ -177,13 +177,12 @@ def _section(
     if low_res is None:
         inputs = replace(inputs, measurement=pooled(counts, inputs.tissue, config["factor"]))
     elif low_res:
-        _check_factor(inputs.measurement.footprints, low_res, config["factor"])
-    held = {
-        what: HeldImage.of(read, inputs.height, inputs.width)
-        for what, read in (("image", inputs.image), ("labels", inputs.labels))
-        if read is not None
-    }
-    return replace(inputs, **held)
+        _check_factor(inputs.measured.footprints, low_res, config["factor"])
+    image, labels = (
+        None if read is None else HeldImage.of(read, inputs.height, inputs.width)
+        for read in (inputs.image, inputs.labels)
+    )
+    return replace(inputs, image=image, labels=labels)
 
 
 def _check_factor(footprints: Footprints, low_res: str, factor: int) -> None:

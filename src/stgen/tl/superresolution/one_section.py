@@ -48,7 +48,7 @@ def check_spots(n: int, found: str) -> None:
 
 def check_learnable(inputs: MapInputs, low_res: str, like: str | None) -> None:
     """Refuse a section that nothing can be learned from; say how many spots are left out."""
-    measurement = inputs.measurement
+    measurement = inputs.measured
     spots = measurement.footprints
     if spots.diameter < 0.999:
         raise ValueError(
@@ -67,9 +67,9 @@ def check_learnable(inputs: MapInputs, low_res: str, like: str | None) -> None:
             f"{low_res!r} has {len(spots)} spots, more than the {MOST} whose covariance fits in memory. Sum neighboring bins "
             "(stgen.pp.rasterize with a larger bin_um), or crop the section (spatialdata.bounding_box_query)."
         )
-    empty, outside = int((measurement.totals <= 0).sum()), int((~inputs.seen).sum())
+    empty, outside = int((measurement.totals <= 0).sum()), int((~inputs.usable).sum())
     found = f"{len(spots)} spots in {low_res!r}, {empty} without counts, {outside} off the grid or the image"
-    check_spots(int((inputs.seen & (measurement.totals > 0)).sum()), found)
+    check_spots(int((inputs.usable & (measurement.totals > 0)).sum()), found)
     if empty or outside:
         logger.warning("%s: left out.", found)
 
@@ -111,9 +111,9 @@ class SectionSampler:
         if options.tile is not None:
             check_whole("tile", options.tile)
         self.inputs, self.genes, self.options = inputs, list(genes), options
-        measurement = inputs.measurement
+        measurement = inputs.measured
         self.spots, total = measurement.footprints, measurement.totals.astype(float)
-        self.kept = np.flatnonzero(inputs.seen & (total > 0))
+        self.kept = np.flatnonzero(inputs.usable & (total > 0))
         number = {gene: i for i, gene in enumerate(measurement.genes)}
         self._columns = np.array([number[gene] for gene in self.genes])
         self.features = None
@@ -174,7 +174,7 @@ class SectionSampler:
     def _kriged(self, part: slice) -> tuple[Composition, Measurement]:
         """Some genes, kriged; those of the last part are kept."""
         if self._part is None or self._part[0] != part:
-            measured = self.inputs.measurement.of_genes(self._columns[part])
+            measured = self.inputs.measured.of_genes(self._columns[part])
             genes = self.model.genes(measured.counts[self.kept])
             self._part = part, genes, measured
             self._reports.append(genes.out_of_fold(self.genes[part]))
@@ -189,7 +189,7 @@ class SectionSampler:
         tissue = self.inputs.tissue_in(window)
         total = None
         if part.start == 0:
-            of_all_genes = self.inputs.measurement.with_counts(self.inputs.measurement.totals[:, None])
+            of_all_genes = self.inputs.measured.with_counts(self.inputs.measured.totals[:, None])
             total = next(_agreeing(iter([depth]), of_all_genes, window, tissue))
         return WindowMaps(_agreeing(maps, measured, window, tissue), total)
 
@@ -245,7 +245,7 @@ def most_variable(measurement: Measurement, total: np.ndarray) -> np.ndarray:
 
 
 def _dense(counts: np.ndarray | sparse.csc_array) -> np.ndarray:
-    return counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    return counts if isinstance(counts, np.ndarray) else counts.toarray()
 
 
 def _agreeing(

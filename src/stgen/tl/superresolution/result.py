@@ -142,7 +142,7 @@ class MapResult:
     ) -> None:
         self.grid, self.genes, self.key_added, self.store = grid, list(genes), key_added, store
         self._tile, self.n_samples = tile, n_samples
-        self._shapes = {"": (len(genes), grid.height, grid.width)}
+        self._shapes: dict[str, tuple[int, ...]] = {"": (len(genes), grid.height, grid.width)}
         if n_samples > 1:
             self._shapes["_std"] = self._shapes[""]
         if keep_samples:
@@ -201,7 +201,7 @@ class MapResult:
         result = SpatialData()
         for suffix, array in self._arrays.items():
             key = f"{self.key_added}{suffix}"
-            values = array if self._folder is None else self._lazy(array)
+            values = array if isinstance(array, np.ndarray) else self._lazy(array)
             write_image(
                 result, key, values.reshape(-1, *values.shape[-2:]), channels=self._channels(suffix),
                 transformations=self.grid.transformations,
@@ -214,10 +214,10 @@ class MapResult:
                 result.tables[table_key] = table
             record(result, table_key, {**entry, "statistic": OUT_OF_FOLD})
         entries = result.attrs["stgen"]
-        if self._folder is not None:
+        if self._folder is not None and self.store is not None:
             with _without_region():
                 result.write(self._folder / "result.zarr")
-                result = self._publish()
+                result = self._publish(self._folder, self.store)
         earlier = [f"{self.key_added}{suffix}" for suffix in (*SUFFIXES, TABLE)]
         kept = {key: value for key, value in sdata.attrs.get("stgen", {}).items() if key not in earlier}
         for key in earlier:
@@ -243,18 +243,19 @@ class MapResult:
         lazy = da.from_zarr(array)
         return lazy.rechunk((*[1] * (lazy.ndim - 2), *(min(CHUNK, n) for n in lazy.shape[-2:])))
 
-    def _publish(self) -> SpatialData:
+    @staticmethod
+    def _publish(folder: Path, store: Path) -> SpatialData:
         """Move the finished store to its place, and read it there."""
-        old = self._folder / "old"
-        if self.store.exists():
-            self.store.rename(old)
+        old = folder / "old"
+        if store.exists():
+            store.rename(old)
         try:
-            (self._folder / "result.zarr").rename(self.store)
-            return SpatialData.read(self.store)
+            (folder / "result.zarr").rename(store)
+            return SpatialData.read(store)
         except BaseException:
-            shutil.rmtree(self.store, ignore_errors=True)
+            shutil.rmtree(store, ignore_errors=True)
             if old.exists():
-                old.rename(self.store)
+                old.rename(store)
             raise
 
 
@@ -267,7 +268,7 @@ def spot_table(elements: MapElements, inputs: MapInputs, report: SpotReport) -> 
         table.obs = source.obs[[attrs["region_key"], attrs["instance_key"]]].iloc[report.rows].copy()
         table.obs[attrs["region_key"]] = pd.Categorical([region] * len(report.rows))
         table.uns["spatialdata_attrs"] = {**attrs, "region": region}
-    table.obsm["bin_yx"] = inputs.measurement.footprints.centers[report.rows]
+    table.obsm["bin_yx"] = inputs.measured.footprints.centers[report.rows]
     return table
 
 

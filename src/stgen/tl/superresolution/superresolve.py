@@ -229,7 +229,7 @@ def superresolve(
     used = OneSection.on(elements, grid, genes) if fitted is None else fitted
     inputs = elements.inputs(grid, used, text=text)
     if fitted is None:
-        check_learnable(inputs, low_res, like)
+        check_learnable(inputs, str(low_res), like)
     else:
         _check_factor(fitted, low_res, inputs.measurement)
     agreeing = used.consistent if consistency is None else bool(consistency)
@@ -332,7 +332,10 @@ def _genes(sdata: SpatialData, low_res: str | None, model: MapModel | None, gene
     """The genes to write, each once and known to the model, or measured."""
     if model is not None:
         return chosen_genes(genes, model.genes, f"the {type(model).__name__}")
-    names = get_map(sdata, low_res).coords["c"].values if low_res in sdata.images else sdata.tables[low_res].var_names
+    if low_res is not None and low_res in sdata.images:
+        names = get_map(sdata, low_res).coords["c"].values
+    else:
+        names = sdata.tables[low_res].var_names
     return chosen_genes(genes, [str(name) for name in names], repr(low_res))
 
 
@@ -346,7 +349,7 @@ def _image_key(
     return find_image(sdata, image_key) if image_key is not None or model.needs_image or not of_bins else None
 
 
-def _text(model: Model, prompt: str | None) -> tuple[str | None, np.ndarray | None]:
+def _text(model: MapModel, prompt: str | None) -> tuple[str | None, np.ndarray | None]:
     """The prompt, for models that take one, and what the model makes of it."""
     if not model.needs_text:
         return None, None
@@ -363,7 +366,7 @@ def _text(model: Model, prompt: str | None) -> tuple[str | None, np.ndarray | No
     return prompt, model.embed_prompt(prompt) if vector is None else np.asarray(vector, np.float32)
 
 
-def _check_factor(model: Model, low_res: str | None, measurement: Measurement | None) -> None:
+def _check_factor(model: MapModel, low_res: str | None, measurement: Measurement | None) -> None:
     """Refuse a map that is coarser or finer than those the model was fitted to sharpen."""
     if measurement is None or measurement.footprints.shape != "square" or not model.uses_low_res:
         return
