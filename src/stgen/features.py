@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm.auto import tqdm
 
-__all__ = ["FEATURE_UM", "bin_features", "gaussian_blur", "pixel_quantities"]
+__all__ = ["FEATURE_UM", "bin_features", "pixel_quantities"]
 
 FLOOR = 0.01  # added before a logarithm is taken
 NUCLEUS_UM = 2.0  # standard deviation of a Gaussian that fits a nucleus
