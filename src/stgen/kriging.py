@@ -20,6 +20,7 @@ __all__ = ["Field", "Kriging", "Places", "kernels_of_image", "kernels_of_space",
 
 LENGTHS = (1.0, 2.0, 4.0, 8.0)  # of the Matern kernels, in pitches
 WIDTHS = (0.7, 1.4)  # of the Gaussian kernels of features, in medians of the distance between spots
+WIDTHS_ACROSS = (1.0, 1.4, 2.0)  # of those across sections
 SHARES = (0.25, 0.5, 0.75)  # of space in a kernel of both
 NOISE = np.logspace(-2, 3, 16)  # variance of the noise of an average spot, in units of the signal's
 ALL_KERNELS_UP_TO = 600  # spots; with more, kernels are first tried on some
@@ -33,12 +34,12 @@ def kernels_of_space() -> list[Kernel]:
     return [Matern(length) for length in LENGTHS]
 
 
-def kernels_of_image(features: np.ndarray | None) -> list[Kernel]:
+def kernels_of_image(features: np.ndarray | None, widths: Sequence[float] = WIDTHS) -> list[Kernel]:
     """How alike places look, by the features ``(n, D)`` of the spots; none without features."""
     if features is None:
         return []
     space = FeatureSpace.of(features)
-    return [Linear(space), *(Gaussian(width, space) for width in WIDTHS)]
+    return [Linear(space), *(Gaussian(width, space) for width in widths)]
 
 
 def mixtures(space: Sequence[Kernel], image: Sequence[Kernel]) -> list[Kernel]:
@@ -213,8 +214,10 @@ class Kriging:
         noise = np.ones(len(spots)) if noise is None else np.asarray(noise, float)
         self.precision = 1 / noise
         self.scale = np.sqrt(self.precision)
-        image = kernels_of_image(spots.features)
-        kernels = mixtures(kernels_of_space(), image) if groups is None else image
+        if groups is not None:
+            kernels = kernels_of_image(spots.features, WIDTHS_ACROSS)
+        else:
+            kernels = mixtures(kernels_of_space(), kernels_of_image(spots.features))
         if len(spots) > ALL_KERNELS_UP_TO and groups is None:
             kernels = best_kernels(kernels, spots, self.precision, guide, seed)
         between = terms_between(kernels, spots)

@@ -9,7 +9,7 @@ from stgen import models
 from stgen.data import MapInputs
 from stgen.features import bin_features
 from stgen.kernels import Places
-from stgen.kriging import NOISE, Kriging, kernels_of_image
+from stgen.kriging import NOISE, WIDTHS_ACROSS, Kriging, kernels_of_image
 from stgen.measurement import Footprints, Measurement
 from stgen.models._map_sampler import SamplingOptions
 from stgen.models.kernel_regression.applied import blocks
@@ -167,7 +167,7 @@ def test_leaving_out_a_section_is_a_fit_without_it(with_noise):
     kriging = Kriging(places, noise=noise, guide=y, groups=group)
     mean = np.stack([np.average(y[group == g], axis=0, weights=1 / noise[group == g]) for g in range(3)])
     rest = y - mean[group]
-    for kernel, spectrum in zip(kernels_of_image(features), kriging.spectra, strict=True):
+    for kernel, spectrum in zip(kernels_of_image(features, WIDTHS_ACROSS), kriging.spectra, strict=True):
         between, errors = kernel(places, places), np.zeros((len(NOISE), 2))
         for number, level in enumerate(NOISE):
             for g in range(3):
@@ -187,7 +187,7 @@ def test_across_sections_out_of_fold_is_a_fit_without_the_section(monkeypatch):
     counts, groups, spots = base.counts, base.regression.groups, base.regression.spots
     genes = base.regression.genes(counts)
     found = genes._composition_out_of_fold()
-    y, kernels = base.regression.composition(counts), kernels_of_image(spots.places.features)
+    y, kernels = base.regression.composition(counts), kernels_of_image(spots.places.features, WIDTHS_ACROSS)
     scores, precision = base.regression.scores, base.regression.precision
     for g in range(3):
         here, others = groups == g, groups != g
