@@ -133,6 +133,51 @@ def test_nothing_is_pickled() -> None:
                 assert not pickles, f"{path}:{node.lineno} allows pickle"
 
 
+# ---- the house -------------------------------------------------------------------------------------------------------
+
+SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py"))}
+FUNCTIONS = [
+    (f"{path.relative_to(ROOT)}: {node.name}", node)
+    for path, source in SOURCES.items()
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.FunctionDef)
+]
+
+
+def test_files_are_short() -> None:
+    assert {path.name: n for path, source in SOURCES.items() if (n := source.count("\n")) > 500} == {}
+
+
+def test_functions_are_short() -> None:
+    """Lines of the statements after the docstring."""
+    bodies = ((name, node.body[ast.get_docstring(node, clean=False) is not None :]) for name, node in FUNCTIONS)
+    lengths = {name: body[-1].end_lineno - body[0].lineno + 1 for name, body in bodies if body}
+    assert {name: length for name, length in lengths.items() if length >= 90} == {}  # with blank lines and comments
+
+
+def test_constructors_are_narrow() -> None:
+    made = ((name, [*node.args.args[1:], *node.args.kwonlyargs]) for name, node in FUNCTIONS if node.name == "__init__")
+    assert {name: len(arguments) for name, arguments in made if len(arguments) > 14} == {}
+
+
+def test_private_names_stay_in_their_package() -> None:
+    """``_spatial`` and ``_checks`` are there for all."""
+    crossing = []
+    for path, source in SOURCES.items():
+        package = path.parent.relative_to(ROOT / "src").parts
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("stgen"):
+                for names in ((*node.module.split("."), alias.name) for alias in node.names):
+                    private = [i for i, n in enumerate(names) if n[0] == "_" and n not in ("_spatial", "_checks")]
+                    owner = names[: private[0]] if private else ()
+                    owner = (
+                        owner[:-1] if private and ROOT.joinpath("src", *owner).with_suffix(".py").is_file() else owner
+                    )
+                    if owner != package[: len(owner)]:
+                        crossing.append(f"{path.relative_to(ROOT)}: {'.'.join(names)}")
+    assert crossing == []
+
+
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
