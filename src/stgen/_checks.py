@@ -33,6 +33,7 @@ __all__ = [
     "check_text",
     "check_types",
     "check_whole",
+    "genes_of",
     "chosen_genes",
     "listed",
     "only_key",
@@ -254,6 +255,27 @@ def chosen_genes(genes: str | Iterable[str] | None, known: Sequence[str], where:
             f"{listed(known[:3])}."
         )
     return names
+
+
+def genes_of(genes: Sequence[str] | None, known: Sequence[str], where: str) -> list[str]:
+    """``genes`` as a list of names that exist; all of them for None."""
+    known = [str(name) for name in known]
+    if genes is None:
+        if not known:
+            raise ValueError(f"There are no genes in {where}.")
+        return known
+    if isinstance(genes, str):
+        raise TypeError(f"`genes` must be a list of names, found a string; pass genes=[{genes!r}].")
+    genes = list(genes)
+    if not genes or len(set(genes)) < len(genes):
+        raise ValueError(f"`genes` must be names without repetition, at least one; found {listed(genes)}.")
+    missing = [gene for gene in genes if gene not in set(known)]
+    if missing:
+        raise KeyError(
+            f"{len(missing)} of {len(genes)} genes are not in {where} ({listed(missing)}); its names look like "
+            f"{listed(known[:3])}."
+        )
+    return genes
 
 
 # -- types ---------------------------------------------------------------------------------------------------------------

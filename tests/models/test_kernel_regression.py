@@ -11,9 +11,9 @@ from stgen.features import bin_features
 from stgen.kernels import Places
 from stgen.kriging import NOISE, WIDTHS_ACROSS, Kriging, kernels_of_image
 from stgen.measurement import Footprints, Measurement
-from stgen.models._map_sampler import SamplingOptions
 from stgen.models.kernel_regression.applied import blocks
 from stgen.models.kernel_regression.regression import Regression, Spots, components, composition
+from stgen.models.samplers import SamplingOptions
 
 GENES = [f"g{i}" for i in range(12)]
 BIN_UM, PX = 20.0, 4

@@ -199,6 +199,7 @@ def test_bins_far_from_any_molecule_are_unknown():
 # -- lazily ----------------------------------------------------------------------------------------------------------------
 def test_the_map_is_computed_block_by_block(monkeypatch):
     monkeypatch.setattr("stgen.pp._rasterize._CHUNK", 8)
+    monkeypatch.setattr("stgen.pp._degrade._CHUNK", 8)
     frame = molecules()
     sdata = section(frame)
     stgen.pp.rasterize(sdata, bin_um=5, mask_um=None)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from spatialdata.transformations import BaseTransformation
 
 __all__ = [
+    "check_free_key",
     "check_new_key",
+    "copied_table",
     "made_by",
     "provenance",
     "record",
@@ -38,6 +40,16 @@ def check_new_key(container: Mapping[str, Any], key: str, *, overwrite: bool, wh
         raise ValueError(
             f"{what}[{key!r}] is not a result of this function by its record, and is not replaced. Pass another key_added=, or "
             f"first remove it: del {what if what.startswith('sdata.') else 'adata.' + what}[{key!r}]."
+        )
+
+
+def check_free_key(sdata: SpatialData, kind: str, key: str, *, overwrite: bool, ours: bool) -> None:
+    """Refuse a key that exists, unless it is an earlier result of the same function (``ours``) that may be overwritten."""
+    container = getattr(sdata, kind)
+    check_new_key(container, key, overwrite=overwrite, what=f"sdata.{kind}", ours=ours)
+    if key in sdata and key not in container:
+        raise ValueError(
+            f"{key!r} is the name of another element, which is not in sdata.{kind}; pass another key_added=."
         )
 
 
@@ -151,3 +163,8 @@ def shallow_copy(sdata: SpatialData) -> SpatialData:
         tables=tables,
         attrs=dict(sdata.attrs),
     )
+
+
+def copied_table(table: AnnData) -> AnnData:
+    """A copy of a table, in memory."""
+    return table.to_memory() if table.isbacked else table.copy()

@@ -30,6 +30,7 @@ from stgen._spatial.platforms import mpp_from_pitch, spot_diameter, um_per_unit_
 
 __all__ = [
     "Section",
+    "check_sdata",
     "find_image",
     "get_section",
     "get_table",
@@ -291,6 +292,12 @@ def image_mpp(sdata: SpatialData, image_key: str, system: str, spots: Locations 
             "system: stgen.pp.name_micrometers(...)."
         )
     return scale * um_per_unit
+
+
+def check_sdata(sdata: Any) -> None:
+    """Refuse anything but a SpatialData object."""
+    if not isinstance(sdata, SpatialData):
+        raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
 
 
 def find_image(sdata: SpatialData, image_key: str | None) -> str:

@@ -16,14 +16,13 @@ import shapely
 from geopandas import GeoDataFrame
 from spatialdata import SpatialData
 
-from stgen._checks import check_types, listed, only_key
+from stgen._checks import check_types, genes_of, listed, only_key
 from stgen._spatial.files import checked_path, whole_file
 from stgen._spatial.grid import apply_affine
 from stgen._spatial.image import affine_to, element_of
 from stgen._spatial.labels import finest_mask, outlines
-from stgen._spatial.section import annotated_region, shared_system
+from stgen._spatial.section import annotated_region, check_sdata, shared_system
 from stgen.io._tables import as_frame
-from stgen.pp._rasterize import check_sdata, genes_of
 
 __all__ = ["write_geojson"]
 

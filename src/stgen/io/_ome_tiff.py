@@ -15,11 +15,11 @@ import tifffile
 from spatialdata import SpatialData
 from xarray import DataArray
 
-from stgen._checks import check_types
+from stgen._checks import check_types, genes_of
 from stgen._spatial.files import checked_path, whole_file
 from stgen._spatial.grid import Grid, get_map
 from stgen._spatial.image import is_micrometers
-from stgen.pp._rasterize import check_sdata, genes_of
+from stgen._spatial.section import check_sdata
 
 __all__ = ["write_ome_tiff"]
 

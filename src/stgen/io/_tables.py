@@ -13,10 +13,9 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-from stgen._checks import check_types, listed
+from stgen._checks import check_types, genes_of, listed
 from stgen._spatial.files import checked_path, whole_file
 from stgen._spatial.section import get_table
-from stgen.pp._rasterize import genes_of
 
 __all__ = ["as_frame", "write_table"]
 

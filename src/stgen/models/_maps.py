@@ -16,7 +16,7 @@ from stgen.diffusion import Generators, Solver
 from stgen.measurement import Kernel
 from stgen.models._base import Model, SteppedModel
 from stgen.models._layers import draw_weights
-from stgen.models._map_sampler import MapSampler, NetworkSampler, SamplingOptions
+from stgen.models.samplers import MapSampler, NetworkSampler, SamplingOptions
 from stgen.train import History
 from stgen.transforms import TransformName, inverse_transform
 

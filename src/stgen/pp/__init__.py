@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ._alignment import AlignmentReport, check_alignment
+from ._degrade import degrade
 from ._embed import embed
 from ._genes import select_genes
 from ._micrometers import name_micrometers
 from ._nuclei import segment_nuclei
-from ._rasterize import degrade, rasterize
+from ._rasterize import rasterize
 from ._spots import simulate_spots, spots_to_map
 from ._tiles import tile_grid
 from ._to_spatialdata import to_spatialdata

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stgen._checks import check_types
-from stgen._spatial.records import check_new_key, made_by, provenance, record, shallow_copy
+from stgen._spatial.records import check_new_key, copied_table, made_by, provenance, record, shallow_copy
 from stgen._spatial.section import Section, get_section, get_table
 from stgen.data import dihedral
 from stgen.pp._alignment import check_section, known_scales
@@ -161,7 +161,7 @@ def embed(
 
     result = data
     if copy:
-        result = shallow_copy(data) if isinstance(data, SpatialData) else _copied(data)
+        result = shallow_copy(data) if isinstance(data, SpatialData) else copied_table(data)
     table = get_table(result, **where)
     table.obsm[key_added] = np.ascontiguousarray(features[:, 0])
     if views == 8:
@@ -208,10 +208,6 @@ def _values(groups: Sequence[tuple[float, ...]]) -> float | str:
 def _joined(values: Iterable[float]) -> str:
     """The numbers as text that gives exactly them again."""
     return ", ".join(repr(float(value)).removesuffix(".0") for value in values)
-
-
-def _copied(table: AnnData) -> AnnData:
-    return table.to_memory() if table.isbacked else table.copy()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from spatialdata.transformations import Affine, Sequence, get_transformation, se
 
 from stgen._checks import check_positive, check_types, listed
 from stgen._spatial.image import affine_to, is_micrometers
-from stgen.pp._rasterize import check_sdata
+from stgen._spatial.section import check_sdata
 
 __all__ = ["name_micrometers"]
 

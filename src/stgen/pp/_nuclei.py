@@ -26,10 +26,9 @@ from tqdm.auto import tqdm
 
 from stgen._checks import check_types, listed
 from stgen._spatial.image import Histology, image_of
-from stgen._spatial.records import made_by, provenance, record
-from stgen._spatial.section import find_image
+from stgen._spatial.records import check_free_key, made_by, provenance, record
+from stgen._spatial.section import check_sdata, find_image
 from stgen._spatial.tissue import tissue_mask
-from stgen.pp._rasterize import check_free_key, check_sdata
 from stgen.train import check_device
 
 __all__ = ["hematoxylin", "outline_nuclei", "segment_nuclei"]

@@ -14,25 +14,25 @@ import pandas as pd
 from scipy import sparse
 from scipy.ndimage import distance_transform_edt
 from spatialdata import SpatialData
-from spatialdata.models import Labels2DModel
 from spatialdata.transformations import Affine, BaseTransformation, Scale, Translation, get_transformation
 from spatialdata.transformations import Sequence as Chain
 
-from stgen._checks import check_positive, check_types, listed, only_key
+from stgen._checks import check_positive, check_types, genes_of, listed, only_key
 from stgen._spatial.counts import get_counts
-from stgen._spatial.grid import Grid, apply_affine, get_map, map_counts_checked, scaled
+from stgen._spatial.grid import apply_affine
 from stgen._spatial.image import affine_to, is_micrometers, micrometers_per_unit
 from stgen._spatial.platforms import um_per_unit_of_bins
-from stgen._spatial.records import check_new_key, made_by, provenance, record, write_image
-from stgen._spatial.section import annotated_region, get_section
+from stgen._spatial.records import check_free_key, made_by, provenance, record, write_image
+from stgen._spatial.section import annotated_region, check_sdata, get_section
 
-__all__ = ["degrade", "rasterize"]
+__all__ = ["rasterize"]
 
 logger = logging.getLogger("stgen")
 
 _CHUNK = 512  # bins along a side of what is computed at once
 _MOST_BINS = 1e9
 _XY = ("x", "y")
+_EMPTY = np.empty((0, 0, 0), np.float32)
 
 
 @check_types
@@ -176,121 +176,6 @@ def rasterize(
     )
     record(sdata, key_added, entry)
     logger.info("Counted %d genes in %d x %d bins of %g µm: images[%r].", len(names), width, height, bin_um, key_added)
-
-
-@check_types
-def degrade(
-    sdata: SpatialData, *, map_key: str, factor: int, key_added: str | None = None, overwrite: bool = False
-) -> None:
-    """Sum blocks of ``factor`` x ``factor`` bins of a map: what a coarser instrument would have counted.
-
-    Parameters
-    ----------
-    sdata
-        Object with the map.
-    map_key
-        The map, such as :func:`stgen.pp.rasterize` writes it.
-    factor
-        Bins along the side of a block, 2 to 255.
-    key_added
-        Name of the result; default ``f"{map_key}_{factor}x"``.
-    overwrite
-        Whether existing elements may be replaced.
-
-    Returns
-    -------
-    None. Writes:
-
-    - ``sdata.images[key_added]``: counts per block, float32 ``(c, y, x)``. Blocks at the lower and right edge hold what
-      there is of them. Bins that are NaN were not measured and add nothing; a block of nothing else is NaN.
-    - ``sdata.labels[f"{key_added}_area"]``: how many bins of each block were measured, for all genes, uint16 ``(y, x)``.
-    - ``sdata.attrs["stgen"][key_added]``: ``"map_key"``, ``"factor"``, ``"unit"``, ``"bin_um"`` (side of a block),
-      ``"fine_height"``, ``"fine_width"`` (bins of the map), ``"function"``, ``"version"``.
-
-    Raises
-    ------
-    KeyError
-        If there is no such map.
-    TypeError
-        If the factor is not a whole number.
-    ValueError
-        If the factor does not fit the map, the µm per bin are not known, or a key exists. If counts are negative or
-        infinite: when the blocks are computed, which is when they are looked at.
-
-    Examples
-    --------
-    >>> import stgen
-    >>> sdata = stgen.datasets.simulated_section(size_um=600)
-    >>> stgen.pp.rasterize(sdata, genes=["EPCAM"], mask_um=None)
-    >>> stgen.pp.degrade(sdata, map_key="counts", factor=5)
-    >>> float(sdata["counts_5x"].sum()) == float(sdata["counts"].sum())
-    True
-    """
-    check_sdata(sdata)
-    if isinstance(factor, bool) or not isinstance(factor, int | np.integer):
-        raise TypeError(f"`factor` must be a whole number of bins, found {factor!r}.")
-    fine = get_map(sdata, map_key)
-    _, height, width = fine.shape
-    if not 2 <= factor <= min(255, max(height, width)):
-        raise ValueError(
-            f"`factor` must lie between 2 and {min(255, max(height, width))} for the map {map_key!r} of {width} x {height} "
-            f"bins, found {factor}."
-        )
-    key_added = f"{map_key}_{factor}x" if key_added is None else key_added
-    if key_added == map_key:
-        raise ValueError(f"key_added={key_added!r} is the map itself; pass another name.")
-    for kind, key in (("images", key_added), ("labels", f"{key_added}_area")):
-        check_free_key(sdata, kind, key, overwrite=overwrite, ours=made_by(sdata, key_added, "pp.degrade"))
-    grid = Grid.of_map(sdata, map_key)
-
-    factor = int(factor)
-    side = factor * max(1, _CHUNK // factor)
-    to_whole = [(0, -n % factor) for n in (height, width)]
-    values = da.pad(da.asarray(fine.data).astype(np.float32), [(0, 0), *to_whole], constant_values=np.nan)
-    values = values.rechunk((1, side, side))
-    in_blocks = tuple(tuple(n // factor for n in sizes) for sizes in values.chunks[1:])
-    where = f"The map {map_key!r}"
-    summed = values.map_blocks(
-        _summed, factor, where, chunks=(values.chunks[0], *in_blocks), dtype=np.float32, meta=_EMPTY
-    )
-    measured = (~da.isnan(values)).all(axis=0)
-    area = da.coarsen(np.sum, measured, {0: factor, 1: factor}).astype(np.uint16)
-
-    transformations = scaled(grid.transformations, factor)
-    write_image(
-        sdata,
-        key_added,
-        summed,
-        channels=[str(name) for name in fine.coords["c"].values],
-        transformations=transformations,
-        overwrite=overwrite,
-    )
-    sdata.labels[f"{key_added}_area"] = Labels2DModel.parse(
-        area, dims=("y", "x"), transformations=transformations, chunks=(_CHUNK, _CHUNK)
-    )
-    entry = provenance(
-        "pp.degrade", map_key=map_key, factor=factor, unit="counts per bin", bin_um=grid.bin_um * factor,
-        fine_height=height, fine_width=width,
-    )  # fmt: skip
-    record(sdata, key_added, entry)
-    logger.info(
-        "Summed blocks of %d x %d bins: images[%r], measured bins in labels[%r].",
-        factor,
-        factor,
-        key_added,
-        f"{key_added}_area",
-    )
-
-
-_EMPTY = np.empty((0, 0, 0), np.float32)
-
-
-def _summed(values: np.ndarray, factor: int, where: str) -> np.ndarray:
-    """Sums over blocks of ``(c, y, x)``; NaN where there is nothing else in one."""
-    n, height, width = values.shape
-    blocks = map_counts_checked(values, where).reshape(n, height // factor, factor, width // factor, factor)
-    unknown = np.isnan(blocks).all((2, 4))
-    return np.where(unknown, np.nan, np.nansum(blocks, (2, 4), dtype=np.float64)).astype(np.float32)
 
 
 # -- where the counts come from -----------------------------------------------------------------------------------------
@@ -507,40 +392,3 @@ def lazy_map(read: Callable[[slice, slice, slice], np.ndarray], shape: tuple[int
 
     chunks = da.core.normalize_chunks((1, _CHUNK, _CHUNK), shape)
     return da.map_blocks(block, chunks=chunks, dtype=np.float32, meta=_EMPTY, name=f"stgen-map-{uuid4().hex}")
-
-
-def genes_of(genes: Sequence[str] | None, known: Sequence[str], where: str) -> list[str]:
-    """``genes`` as a list of names that exist; all of them for None."""
-    known = [str(name) for name in known]
-    if genes is None:
-        if not known:
-            raise ValueError(f"There are no genes in {where}.")
-        return known
-    if isinstance(genes, str):
-        raise TypeError(f"`genes` must be a list of names, found a string; pass genes=[{genes!r}].")
-    genes = list(genes)
-    if not genes or len(set(genes)) < len(genes):
-        raise ValueError(f"`genes` must be names without repetition, at least one; found {listed(genes)}.")
-    missing = [gene for gene in genes if gene not in set(known)]
-    if missing:
-        raise KeyError(
-            f"{len(missing)} of {len(genes)} genes are not in {where} ({listed(missing)}); its names look like "
-            f"{listed(known[:3])}."
-        )
-    return genes
-
-
-def check_sdata(sdata: Any) -> None:
-    """Refuse anything but a SpatialData object."""
-    if not isinstance(sdata, SpatialData):
-        raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
-
-
-def check_free_key(sdata: SpatialData, kind: str, key: str, *, overwrite: bool, ours: bool) -> None:
-    """Refuse a key that exists, unless it is an earlier result of the same function (``ours``) that may be overwritten."""
-    container = getattr(sdata, kind)
-    check_new_key(container, key, overwrite=overwrite, what=f"sdata.{kind}", ours=ours)
-    if key in sdata and key not in container:
-        raise ValueError(
-            f"{key!r} is the name of another element, which is not in sdata.{kind}; pass another key_added=."
-        )

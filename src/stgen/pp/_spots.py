@@ -18,13 +18,13 @@ from spatialdata import SpatialData
 from spatialdata.models import PointsModel
 from spatialdata.transformations import get_transformation
 
-from stgen._checks import check_positive, check_types, only_key
+from stgen._checks import check_positive, check_types, genes_of, only_key
 from stgen._spatial.grid import Grid, get_map, map_counts_checked
 from stgen._spatial.measured import measurement_of
-from stgen._spatial.records import made_by, provenance, record, write_circles, write_image, write_table
-from stgen._spatial.section import get_section, get_table
+from stgen._spatial.records import check_free_key, made_by, provenance, record, write_circles, write_image, write_table
+from stgen._spatial.section import check_sdata, get_section, get_table
 from stgen.measurement import Footprints
-from stgen.pp._rasterize import Frame, Molecules, check_free_key, check_sdata, extent, genes_of, lazy_map
+from stgen.pp._rasterize import Frame, Molecules, extent, lazy_map
 from stgen.pp._tiles import _planar
 
 __all__ = ["simulate_spots", "spots_to_map"]

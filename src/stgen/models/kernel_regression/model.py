@@ -16,7 +16,6 @@ from stgen.diffusion import Generators, Solver
 from stgen.kernels import Places
 from stgen.measurement import Footprints
 from stgen.models._base import Model
-from stgen.models._map_sampler import SamplingOptions
 from stgen.models.kernel_regression.applied import AppliedRegression, OtherSections, OwnSpots, blocks
 from stgen.models.kernel_regression.inputs import (
     MeasuredSection,
@@ -28,6 +27,7 @@ from stgen.models.kernel_regression.inputs import (
 )
 from stgen.models.kernel_regression.regression import GeneFields, Regression, Spots, composition
 from stgen.models.kernel_regression.sampler import KernelSampler
+from stgen.models.samplers import SamplingOptions
 from stgen.train import History
 from stgen.transforms import TransformName, transform_counts
 

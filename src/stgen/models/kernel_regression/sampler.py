@@ -13,9 +13,9 @@ import torch
 from stgen._checks import check_whole
 from stgen.data import Rectangle
 from stgen.measurement import Consistency, Measurement
-from stgen.models._map_sampler import SamplingOptions, SpotReport, WindowMaps
 from stgen.models.kernel_regression.applied import AppliedRegression
 from stgen.models.kernel_regression.regression import GeneFields
+from stgen.models.samplers import SamplingOptions, SpotReport, WindowMaps
 from stgen.windows import Tiling
 
 __all__ = ["KernelSampler"]

@@ -18,12 +18,11 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Affine
 
-from stgen._checks import check_types
+from stgen._checks import check_types, genes_of
 from stgen._spatial.grid import Grid, apply_affine, get_map
 from stgen._spatial.normalized import PER, total_of
-from stgen._spatial.records import made_by, provenance, record, shallow_copy
-from stgen._spatial.section import shared_system
-from stgen.pp._rasterize import check_free_key, check_sdata, genes_of
+from stgen._spatial.records import check_free_key, made_by, provenance, record, shallow_copy
+from stgen._spatial.section import check_sdata, shared_system
 from stgen.tl.evaluation.maps import check_same_grid
 from stgen.tl.superresolution.result import TABLE
 

@@ -12,10 +12,9 @@ from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.transformations import Identity, get_transformation
 
-from stgen._checks import check_types, listed, only_key
-from stgen._spatial.records import made_by, provenance, record, shallow_copy, write_image
-from stgen._spatial.section import annotated_region
-from stgen.pp._rasterize import check_free_key, check_sdata, genes_of
+from stgen._checks import check_types, genes_of, listed, only_key
+from stgen._spatial.records import check_free_key, made_by, provenance, record, shallow_copy, write_image
+from stgen._spatial.section import annotated_region, check_sdata
 from stgen.tl.bins.bins_to_table import FUNCTION as MADE_BY
 
 __all__ = ["table_to_map"]

@@ -19,10 +19,10 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 from xarray import DataArray
 
-from stgen._checks import check_types, only_key
+from stgen._checks import check_types, genes_of, only_key
 from stgen._spatial.grid import Grid, apply_affine, get_map, map_counts_checked
 from stgen._spatial.records import check_new_key, provenance, record, shallow_copy
-from stgen.pp._rasterize import check_sdata, genes_of
+from stgen._spatial.section import check_sdata
 from stgen.tl.evaluation.maps import check_same_grid
 from stgen.tl.evaluation.overlap import Overlap, find_overlap
 

@@ -19,9 +19,8 @@ from spatialdata.transformations import Identity, get_transformation
 
 from stgen._checks import check_types
 from stgen._spatial.counts import get_counts
-from stgen._spatial.records import check_new_key, provenance, record, shallow_copy, write_image
+from stgen._spatial.records import check_new_key, copied_table, provenance, record, shallow_copy, write_image
 from stgen._spatial.section import get_table
-from stgen.pp._embed import _copied
 from stgen.tl.cells.locations import Locations, locations_of
 from stgen.transforms import transform_counts
 
@@ -419,7 +418,7 @@ class _Target:
         """Put the finished result into the object, or into a copy; say where it is, and return the object."""
         data = self.data
         if copy:
-            data = shallow_copy(data) if isinstance(data, SpatialData) else _copied(data)
+            data = shallow_copy(data) if isinstance(data, SpatialData) else copied_table(data)
         results = {"": probability} | ({} if frequency is None else {"_frequency": frequency})
         if self.map_key is None:
             table = get_table(data, table_key=self.table_key)

@@ -16,11 +16,9 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel, TableModel
 from spatialdata.transformations import get_transformation
 
-from stgen._checks import check_types
-from stgen._spatial.records import check_new_key, provenance, record, shallow_copy
+from stgen._checks import check_types, genes_of
+from stgen._spatial.records import check_new_key, copied_table, provenance, record, shallow_copy
 from stgen._spatial.section import get_table
-from stgen.pp._embed import _copied
-from stgen.pp._rasterize import genes_of
 from stgen.tl.cells.locations import Locations, Window, locations_of
 from stgen.transforms import transform_counts
 
@@ -182,7 +180,7 @@ def find_domains(
         n_pcs=n_pcs, n_neighbors=n_neighbors, n_clustered=n_clustered, seed=seed,
     )  # fmt: skip
     if copy:
-        data = shallow_copy(data) if isinstance(data, SpatialData) else _copied(data)
+        data = shallow_copy(data) if isinstance(data, SpatialData) else copied_table(data)
     if map_key is None:
         table = get_table(data, table_key=table_key)
         table.obs[key_added] = pd.Categorical.from_codes(domain, categories=names)

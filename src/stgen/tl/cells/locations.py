@@ -16,11 +16,11 @@ from anndata import AnnData
 from dask import compute, delayed
 from spatialdata import SpatialData
 
+from stgen._checks import genes_of
 from stgen._spatial.counts import get_counts
 from stgen._spatial.grid import Grid, get_map, map_counts_checked
 from stgen._spatial.section import get_table
 from stgen._spatial.tables import predicted_in_x
-from stgen.pp._rasterize import genes_of
 from stgen.tl.cells.aggregate import FUNCTION as AGGREGATED
 from stgen.tl.cells.aggregate import _n_samples, _slices, _Summed
 from stgen.tl.evaluation.overlap import find_overlap

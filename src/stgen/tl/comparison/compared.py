@@ -15,7 +15,7 @@ from stgen._spatial.counts import get_counts
 from stgen._spatial.grid import get_map, map_counts_checked
 from stgen._spatial.section import get_table
 from stgen._spatial.tables import expression
-from stgen.tl.evaluation.maps import _correlation, _Maps, _Scale
+from stgen.tl.evaluation.maps import MapPair, MapScale, map_correlation
 from stgen.transforms import TransformName, transform_counts, unit
 
 __all__ = ["Compared", "MapsCompared", "TableCompared", "Values", "find_compared", "known_genes"]
@@ -230,18 +230,18 @@ class TableCompared:
 class MapsCompared:
     """Maps on one grid; a location is a bin that is known in both, and a gene is read when it is asked for."""
 
-    maps: _Maps
+    maps: MapPair
     has_truth: bool
     genes: list[str]
-    scale: _Scale
+    scale: MapScale
 
     @classmethod
     def find(cls, sdata: SpatialData, key: str, truth_key: str | None, transform: TransformName) -> MapsCompared:
         """Maps and all genes that they share."""
         if truth_key is not None and truth_key not in sdata.images:
             raise KeyError(f"there is no map {truth_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
-        maps = _Maps.find(sdata, key, truth_key or key, None)
-        return cls(maps, truth_key is not None, maps.genes, _Scale.checked(transform, None, maps.genes))
+        maps = MapPair.find(sdata, key, truth_key or key, None)
+        return cls(maps, truth_key is not None, maps.genes, MapScale.checked(transform, None, maps.genes))
 
     @property
     def unit(self) -> str:
@@ -302,11 +302,11 @@ class MapsCompared:
             raise ValueError(
                 f"there are no two bins in which all {len(self.genes)} genes are known; name fewer genes=."
             )
-        drawn = [_correlation(stack, self.genes, known, self.scale) for stack in self.maps.single(self.genes)]
+        drawn = [map_correlation(stack, self.genes, known, self.scale) for stack in self.maps.single(self.genes)]
         if not self.has_truth:
             return drawn, None
         true = get_map(self.maps.sdata, self.maps.truth_key, self.genes)
-        return drawn, _correlation(true, self.genes, known, self.scale)
+        return drawn, map_correlation(true, self.genes, known, self.scale)
 
 
 Compared = TableCompared | MapsCompared

@@ -19,7 +19,7 @@ from stgen.measurement import Measurement
 from stgen.tl.evaluation.scores import Scores, gene_scores, summarize, warn_of_few_samples
 from stgen.transforms import TransformName, transform_counts, unit
 
-__all__ = ["check_same_grid", "evaluate_maps"]
+__all__ = ["MapPair", "MapScale", "check_same_grid", "evaluate_maps", "map_correlation"]
 
 logger = logging.getLogger("stgen")
 
@@ -39,8 +39,8 @@ def evaluate_maps(
     ranking: Sequence[str] | None = None,
 ) -> Scores:
     """:func:`stgen.tl.evaluate` where the prediction is an image of the object."""
-    maps = _Maps.find(sdata, key, truth_key, replicate_key)
-    scale = _Scale.checked(transform, gene_scale, maps.genes)
+    maps = MapPair.find(sdata, key, truth_key, replicate_key)
+    scale = MapScale.checked(transform, gene_scale, maps.genes)
     measurement = None
     if low_res is not None:
         layer = recorded_layer(sdata, [key], low_res)
@@ -119,7 +119,7 @@ def check_same_grid(sdata: SpatialData, key: str, other_key: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class MapScale:
     """From counts to the scale on which they are scored."""
 
     transform: TransformName
@@ -128,7 +128,8 @@ class _Scale:
     @classmethod
     def checked(
         cls, transform: TransformName, by_gene: Mapping[str, float] | pd.Series | None, genes: list[str]
-    ) -> _Scale:
+    ) -> MapScale:
+        """The scale, once it is known that it can be."""
         unit(transform)
         if transform == "log1p_norm":
             raise ValueError(
@@ -155,7 +156,7 @@ class _Scale:
 
 
 @dataclass(frozen=True)
-class _Maps:
+class MapPair:
     """The maps to compare, on one grid; a channel is computed when it is asked for."""
 
     sdata: SpatialData
@@ -166,7 +167,8 @@ class _Maps:
     """Samples that were kept; 0 for none."""
 
     @classmethod
-    def find(cls, sdata: SpatialData, key: str, truth_key: str, replicate_key: str | None) -> _Maps:
+    def find(cls, sdata: SpatialData, key: str, truth_key: str, replicate_key: str | None) -> MapPair:
+        """The maps, once it is known that they are on one grid, and the genes that all of them have."""
         keys = [name for name in (key, truth_key, replicate_key) if name is not None]
         channels = {name: _channels(sdata, name) for name in keys}
         for other in keys[1:]:
@@ -186,7 +188,7 @@ class _Maps:
         """Counts of some channels, ``(n, H, W)``, NaN where they are unknown."""
         return map_counts_checked(get_map(self.sdata, key, channels).data, f"The map {key!r} ({channels[0]})")
 
-    def read(self, gene: str, scale: _Scale) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def read(self, gene: str, scale: MapScale) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Prediction and truth of a gene ``(H, W)`` on the scale, and the samples ``(S, H, W)``, where there are any."""
         pred, truth = (scale(self.counts(key, [gene])[0], gene) for key in (self.key, self.truth_key))
         if self.n_samples == 0:
@@ -241,20 +243,20 @@ def _ceiling(pcc: float, truth: np.ndarray, replicate: np.ndarray, data_range: f
     }
 
 
-def _structure(maps: _Maps, genes: list[str], known: np.ndarray, scale: _Scale) -> dict[str, float]:
+def _structure(maps: MapPair, genes: list[str], known: np.ndarray, scale: MapScale) -> dict[str, float]:
     """GSC over the bins where every gene is known, as in :func:`stgen.metrics.gsc`, from matrices gathered by windows."""
     if known.sum() < 2 or len(genes) < 3:
         return {"GSC": np.nan}
     upper = np.triu_indices(len(genes), 1)
-    truth = _correlation(get_map(maps.sdata, maps.truth_key, genes), genes, known, scale)[upper]
-    single = [_correlation(stack, genes, known, scale)[upper] for stack in maps.single(genes)]
+    truth = map_correlation(get_map(maps.sdata, maps.truth_key, genes), genes, known, scale)[upper]
+    single = [map_correlation(stack, genes, known, scale)[upper] for stack in maps.single(genes)]
     out = {"GSC": _pcc(np.mean(single, 0), truth)}
     if maps.n_samples:
         out["GSC_sample"] = float(np.mean([_pcc(x, truth) for x in single]))
     return out
 
 
-def _correlation(stack: DataArray, genes: list[str], known: np.ndarray, scale: _Scale) -> np.ndarray:
+def map_correlation(stack: DataArray, genes: list[str], known: np.ndarray, scale: MapScale) -> np.ndarray:
     """Gene-gene correlation ``(G, G)`` of a map over its known bins; 0 for genes that are constant."""
     side = max(MIN_WINDOW, int(np.sqrt(WINDOW_VALUES / len(genes))))
     n, total, product, origin = 0, 0.0, 0.0, None
@@ -274,7 +276,7 @@ def _correlation(stack: DataArray, genes: list[str], known: np.ndarray, scale: _
     return np.divide(covariance, norm, out=np.zeros_like(norm), where=(spread > 1e-9)[:, None] & (spread > 1e-9))
 
 
-def _residuals(maps: _Maps, measurement: Measurement) -> pd.DataFrame:
+def _residuals(maps: MapPair, measurement: Measurement) -> pd.DataFrame:
     """How far the predicted counts of each footprint are from its measured ones, relative to these (at least 1)."""
     largest, mean, footprints = [], [], measurement.footprints
     for start in range(0, len(maps.genes), 16):

@@ -20,7 +20,7 @@ from stgen.data import MapInputs, Rectangle
 from stgen.features import bin_features
 from stgen.kriging import Places
 from stgen.measurement import Consistency, Measurement
-from stgen.models._map_sampler import SamplingOptions, SpotReport, WindowMaps
+from stgen.models.samplers import SamplingOptions, SpotReport, WindowMaps
 from stgen.tl.superresolution.section_model import Composition, SectionModel, composition
 from stgen.windows import Tiling
 

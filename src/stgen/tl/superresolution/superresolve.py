@@ -20,7 +20,7 @@ from stgen._spatial.section import find_image
 from stgen.data import MapInputs
 from stgen.measurement import Measurement
 from stgen.models import MapModel, Model
-from stgen.models._map_sampler import MapSampler, SamplingOptions, SpotReport
+from stgen.models.samplers import MapSampler, SamplingOptions, SpotReport
 from stgen.tl.fitting.maps import check_uses
 from stgen.tl.superresolution.grid import result_grid
 from stgen.tl.superresolution.one_section import OneSection, check_learnable, check_spots
