@@ -514,7 +514,7 @@ def test_maps_lie_on_what_spatialdata_plot_draws(section: SpatialData) -> None:
         ({"genes": ["A", "X"]}, KeyError, "1 of 2 genes are not in the map 'result'.*X.*A, B"),
         ({"genes": "C", "truth_key": "more", "keys": "more"}, KeyError, "low"),
         ({"keys": ["result", "nothing"]}, KeyError, "no map 'nothing'; sdata.images has .*tl.superresolve"),
-        ({"keys": "he"}, KeyError, "not in the map 'he'"),
+        ({"keys": "he"}, ValueError, "'he' is a picture .*no map of genes"),
         ({"keys": "result_std"}, ValueError, "the spread of 'result'"),
         ({"truth_key": "nothing"}, KeyError, "no map 'nothing'"),
         ({"low_res": "nothing"}, KeyError, "no map or table 'nothing'"),

@@ -261,8 +261,7 @@ def test_thinning_a_map_is_binomial_and_loses_nothing():
         ),
         ({"points_key": "x"}, KeyError, "found transcripts. Pass points_key="),
         ({"map_key": "x"}, KeyError, "found he. Pass map_key="),
-        ({"map_key": "he", "genes": ["EPCAM"]}, KeyError, "1 of 1 genes are not in the map 'he'"),
-        ({"map_key": "he", "diameter_um": 0.5}, ValueError, "smaller than the bins of 'he'"),
+        ({"map_key": "he"}, ValueError, "'he' is a picture .*no map of genes"),
         ({"map_key": "he", "points_key": "transcripts"}, ValueError, "pass the one to measure"),
         ({"coordinate_system": "px"}, KeyError, "not in the coordinate system 'px'"),
         ({"key_added": "spots"}, ValueError, "sdata.shapes.'spots'. exists already"),
@@ -276,6 +275,15 @@ def test_what_simulate_spots_refuses(simulated, kwargs, error, message):
         stgen.pp.simulate_spots(simulated, **({"key_added": "sim"} | kwargs))
     assert set(simulated._shared_keys) == elements
     assert set(simulated.attrs["stgen"]) == {"simulated"}
+
+
+def test_maps_without_the_gene_or_of_bins_larger_than_spots_are_refused(sdata):
+    stgen.pp.rasterize(sdata, points_key="transcripts", genes=["CD3E"], bin_um=20, key_added="map")
+    with pytest.raises(KeyError, match="1 of 1 genes are not in the map 'map'"):
+        stgen.pp.simulate_spots(sdata, map_key="map", genes=["EPCAM"], key_added="sim")
+    with pytest.raises(ValueError, match="smaller than the bins of 'map'"):
+        stgen.pp.simulate_spots(sdata, map_key="map", diameter_um=5, key_added="sim")
+    assert "sim" not in sdata.shapes
 
 
 @pytest.mark.parametrize(

@@ -476,7 +476,7 @@ BAD = {
     ),
     "no map": (lambda s: None, {"map_key": None}, ValueError, "is fitted on maps: pass map_key="),
     "unknown map": (lambda s: None, {"map_key": "nothing"}, KeyError, "nothing"),
-    "an image for a map": (lambda s: None, {"map_key": "he"}, KeyError, "3 of 3 genes are not in the map 'he'"),
+    "an image for a map": (lambda s: None, {"map_key": "he"}, ValueError, "'he' is a picture .*no map of genes"),
     "unknown image": (lambda s: None, {"image_key": "nothing"}, KeyError, "nothing"),
     "unknown low resolution": (lambda s: None, {"low_res": "nothing"}, KeyError, "There is no map or table 'nothing'"),
     "fine map as low resolution": (

@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
+from stgen._spatial.kinds import check_histology
 from stgen._spatial.pixels import PixelValues, check_pixel_type, judge_pixels
 
 __all__ = [
@@ -376,6 +377,7 @@ def slide_mpp(sdata: SpatialData, image_key: str) -> float | None:
 
 def histology_of(sdata: SpatialData, image_key: str, *, mpp: float) -> Histology:
     """An image of ``sdata``, with the full scale that ``sdata.attrs["image_full_scale"]`` states, if it does."""
+    check_histology(sdata, image_key)
     stated = sdata.attrs.get(STATED, {})
     if not isinstance(stated, Mapping):
         raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData, get_centroids
-from xarray import DataArray
 
 from stgen._checks import listed, only_key
 from stgen._spatial.coordinates import choose_system, systems_of
 from stgen._spatial.counts import check_not_empty
+from stgen._spatial.identity import check_element_ids, check_row_names, position_of
 from stgen._spatial.image import (
     Histology,
     affine_to,
@@ -26,6 +26,8 @@ from stgen._spatial.image import (
     micrometers_per_unit,
     slide_mpp,
 )
+from stgen._spatial.kinds import check_histology
+from stgen._spatial.library import as_xy, coordinates_of, library_of
 from stgen._spatial.platforms import mpp_from_pitch, spot_diameter, um_per_unit_of_bins
 
 __all__ = [
@@ -137,58 +139,27 @@ def get_table(data: SpatialData | AnnData, *, table_key: str | None = None, shap
 # -- AnnData ----------------------------------------------------------------------------------------------------------
 def _section_from_anndata(table: AnnData, *, image_key: str | None, mpp: float | None, need_image: bool) -> Section:
     check_not_empty(table)
-    if "spatial" not in table.obsm:
-        raise KeyError(
-            'There are no spatial coordinates: obsm["spatial"] is missing (obsm has '
-            f'{listed(table.obsm)}). Set adata.obsm["spatial"] to x, y in full-resolution pixels.'
-        )
-    xy = _as_xy(table.obsm["spatial"], 'obsm["spatial"]')
+    xy = coordinates_of(table)
+    check_row_names(table)
     _region_of(table, "The object")
-    libraries = table.uns.get("spatial", {})
-    if len(libraries) > 1:
-        raise ValueError(
-            f'uns["spatial"] holds several libraries: {listed(libraries)}. Pass one section at a time, several as a '
-            'mapping (stgen.tl.fit): {name: adata[adata.obs["library_id"] == name].copy() for name in libraries}, with '
-            'only its own entry in uns["spatial"] of each.'
-        )
-    library: Mapping[str, Any] = next(iter(libraries.values()), {})
-    factors = library.get("scalefactors", {})
-    diameter = spot_diameter(xy, factors.get("spot_diameter_fullres"))
-    if mpp is None and factors:
-        mpp = factors.get("microns_per_pixel") or mpp_from_pitch(xy, diameter)
+    library = library_of(table)
+    library.check_coordinates(xy, mpp or library.mpp)
+    diameter = spot_diameter(xy, library.diameter)
+    if mpp is None and library.factors:
+        mpp = library.mpp or mpp_from_pitch(xy, diameter)
     if not need_image and image_key is None:
         return Section(table, None, xy, mpp, None if mpp is None or diameter is None else float(diameter * mpp))
-    images = library.get("images", {})
-    if not images:
-        raise KeyError(
-            'There is no image: uns["spatial"][library]["images"] is missing or empty. Read the section with '
-            "squidpy.read.visium, or pass a SpatialData object and image_key=."
-        )
-    key = image_key or ("hires" if "hires" in images else None)
-    key = only_key(images, key, argument="image_key", what="image")
-    factor = factors.get(f"tissue_{key}_scalef")
-    if factor is None:
-        if key not in ("fullres", "full"):
-            raise KeyError(
-                f'uns["spatial"][library]["scalefactors"] has no "tissue_{key}_scalef" (found {listed(factors)}); set '
-                "it to image pixels per full-resolution pixel (1 if the image is the full-resolution one)."
-            )
-        factor = 1.0
+    key, level = library.image(image_key)
+    factor = library.scale(key)
     if mpp is None:
         raise ValueError(
             'The µm per pixel are not known: obsm["spatial"] is not a Visium grid of 100 µm pitch whose spots are '
             "spot_diameter_fullres wide. Pass mpp=<µm per full-resolution pixel>; if the coordinates are in pixels of "
             f'the image {key!r}, first divide them: adata.obsm["spatial"] /= {factor:.6g}.'
         )
-    array = np.asarray(images[key])
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3:
-        raise ValueError(f"The image {key!r} must have the shape (y, x, channels), found {array.shape}.")
-    names = ["r", "g", "b", "a"] if array.shape[2] in (3, 4) else [str(i) for i in range(array.shape[2])]
-    level = DataArray(array, dims=("y", "x", "c"), coords={"c": names[: array.shape[2]]})
-    image = Histology([level], mpp=float(mpp) / float(factor), name=key)
+    image = Histology([level], mpp=float(mpp) / factor, name=key)
     spot_um = None if diameter is None else float(diameter * mpp)
-    return Section(table, image, xy * float(factor), image.mpp, spot_um, image_key=key)
+    return Section(table, image, xy * factor, image.mpp, spot_um, image_key=key)
 
 
 # -- SpatialData ------------------------------------------------------------------------------------------------------
@@ -245,17 +216,14 @@ class Locations:
 
 def locate(sdata: SpatialData, table_key: str, system: str) -> Locations:
     """Where the rows of a table lie."""
-    region, instances = annotated_region(sdata, sdata.tables[table_key], table_key, None)
+    table = sdata.tables[table_key]
+    region, _ = annotated_region(sdata, table, table_key, None)
     element = sdata[region]
+    check_row_names(table, f"The table {table_key!r}")
     centers = centroids(element, system)
-    position = centers.index.get_indexer(instances)
-    if (position < 0).any():
-        missing = instances[position < 0]
-        raise ValueError(
-            f"{len(missing)} rows of the table {table_key!r} point at instances that {region!r} does not have "
-            f"({listed(missing)}). Match them with sdata.filter_by_coordinate_system or spatialdata.match_table_to_element."
-        )
-    xy = _as_xy(centers[["x", "y"]].to_numpy()[position], f"the locations of the table {table_key!r}")
+    ids = table.obs[table.uns["spatialdata_attrs"]["instance_key"]]
+    position = position_of(ids, element, centers.index, region=region, table_key=table_key)
+    xy = as_xy(centers[["x", "y"]].to_numpy()[position], f"the locations of the table {table_key!r}")
     radii = element["radius"].to_numpy() if "radius" in getattr(element, "columns", ()) else np.empty(0)
     one_size = radii.size > 0 and np.ptp(radii) <= 0.01 * radii.mean()
     diameter = spot_diameter(xy, float(2 * radii.mean() * affine_to(element, system)[1]) if one_size else None)
@@ -306,7 +274,9 @@ def find_image(sdata: SpatialData, image_key: str | None) -> str:
         raise KeyError("The slide has no image attached; open it by wsidata.open_wsi(path, attach_images=True).")
     results = sdata.attrs.get("stgen", {})
     keys = sdata.images if image_key is not None else [key for key in sdata.images if key not in results]
-    return only_key(keys, image_key, argument="image_key", what="image")
+    key = only_key(keys, image_key, argument="image_key", what="image")
+    check_histology(sdata, key)
+    return key
 
 
 def _find_table(sdata: SpatialData, table_key: str | None, shapes_key: str | None) -> str:
@@ -348,7 +318,7 @@ def _region_of(table: AnnData, name: str) -> str | None:
 def annotated_region(
     sdata: SpatialData, table: AnnData, table_key: str, shapes_key: str | None
 ) -> tuple[str, np.ndarray]:
-    """The element that the table annotates, and the instance of every row."""
+    """The element that the table annotates, whose ids are checked, and the instance of every row."""
     region = _region_of(table, f"The table {table_key!r}")
     if region is None:
         raise ValueError(
@@ -359,7 +329,14 @@ def annotated_region(
         raise KeyError(f"The table {table_key!r} does not annotate {shapes_key!r}; it annotates {region}.")
     if region not in sdata:
         raise KeyError(f"The table {table_key!r} annotates {region!r}, which is not in the object.")
-    return region, table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
+    check_element_ids(sdata[region], region)
+    key = table.uns["spatialdata_attrs"]["instance_key"]
+    if key not in table.obs:
+        raise KeyError(
+            f"The table {table_key!r} annotates {region!r} by obs[{key!r}], which is not there; found {listed(table.obs)}. Link it "
+            "with spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
+        )
+    return region, table.obs[key].to_numpy()
 
 
 def shared_system(sdata: SpatialData, keys: Sequence[str], wanted: str | None = None) -> str:
@@ -376,17 +353,3 @@ def centroids(element: Any, system: str) -> pd.DataFrame:
         return pd.DataFrame({"x": xy[:, 0], "y": xy[:, 1]}, index=element.index)
     centers = get_centroids(element, coordinate_system=system)
     return centers.compute() if hasattr(centers, "compute") else centers
-
-
-# -- locations --------------------------------------------------------------------------------------------------------
-def _as_xy(values: Any, where: str) -> np.ndarray:
-    xy = np.asarray(values, dtype=np.float64)
-    if xy.ndim != 2 or xy.shape[1] < 2:
-        raise ValueError(f"{where} must have the shape (n, 2) as x, y; found {xy.shape}.")
-    xy = xy[:, :2]
-    bad = ~np.isfinite(xy).all(1)
-    if bad.any():
-        raise ValueError(
-            f"{where} has {int(bad.sum())} rows without finite coordinates (first: row {int(np.argmax(bad))}); drop them."
-        )
-    return xy

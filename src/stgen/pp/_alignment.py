@@ -13,6 +13,7 @@ from spatialdata.transformations import get_transformation
 
 from stgen._checks import check_types
 from stgen._spatial.image import Histology
+from stgen._spatial.library import library_of
 from stgen._spatial.platforms import spot_pitch
 from stgen._spatial.section import Section, get_section
 from stgen._spatial.tissue import tissue_mask
@@ -141,11 +142,9 @@ def check_alignment(
 
 def known_scales(data: SpatialData | AnnData) -> list[float]:
     """Factors by which coordinates of this object are off if they are of another resolution."""
-    scales = []
+    scales: list[float] = []
     if isinstance(data, AnnData):
-        for library in data.uns.get("spatial", {}).values():
-            factors = library.get("scalefactors", {})
-            scales += [float(factors[key]) for key in factors if str(key).endswith("_scalef")]
+        scales += library_of(data).scales.values()
     else:
         for image in data.images.values():
             for transformation in get_transformation(image, get_all=True).values():

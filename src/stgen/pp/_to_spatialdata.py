@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -15,6 +14,7 @@ from spatialdata.transformations import Sequence as Chain
 from xarray import DataArray
 
 from stgen._checks import check_positive, check_types, listed, only_key
+from stgen._spatial.library import library_of
 from stgen._spatial.records import write_circles, write_table
 from stgen._spatial.section import Section, get_section
 
@@ -95,8 +95,8 @@ def to_spatialdata(
         if value is not None:
             check_positive(name, value)
     section = get_section(adata, mpp=mpp)
-    library: dict[str, Any] = next(iter(adata.uns.get("spatial", {}).values()), {})
-    keys = _image_keys(library.get("images", {}), image_keys)
+    images = library_of(adata).images
+    keys = _image_keys(images, image_keys)
     names = [*keys, table_key, shapes_key]
     if len({str(name).lower() for name in names}) < len(names):
         raise ValueError(
@@ -109,7 +109,7 @@ def to_spatialdata(
     um = {"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))}
     sdata = SpatialData()
     for key, of_image in sections.items():
-        sdata.images[key] = _image(library["images"][key], float(of_image.mpp or mpp) / mpp, um)
+        sdata.images[key] = _image(images[key], float(of_image.mpp or mpp) / mpp, um)
     write_circles(sdata, shapes_key, section.xy_px, radius=diameter / 2, transformations=um)
     table = adata.copy()
     table.uns.pop("spatial", None)
@@ -123,7 +123,7 @@ def to_spatialdata(
     return sdata
 
 
-def _image_keys(images: dict[str, np.ndarray], wanted: str | Sequence[str] | None) -> list[str]:
+def _image_keys(images: Mapping[str, np.ndarray], wanted: str | Sequence[str] | None) -> list[str]:
     """The images that are asked for, or the finest."""
     if wanted is None:
         return [max(images, key=lambda key: np.asarray(images[key]).size)] if images else []

@@ -13,6 +13,7 @@ from spatialdata import SpatialData
 from xarray import DataArray
 
 from stgen._spatial.grid import Grid, apply_affine
+from stgen._spatial.identity import check_element_ids
 from stgen._spatial.labels import finest_mask
 
 __all__ = ["Overlap", "find_overlap"]
@@ -64,6 +65,7 @@ def find_overlap(sdata: SpatialData, key: str, grid: Grid, coordinate_system: st
         If the element and the grid share no coordinate system.
     """
     element = sdata[key]
+    check_element_ids(element, key)
     to_bins = np.linalg.inv(grid.to_element(sdata, key, coordinate_system))
     names = None
     if isinstance(element, GeoDataFrame):

@@ -12,7 +12,9 @@ from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
+from stgen._spatial.identity import check_element_ids
 from stgen._spatial.image import is_micrometers, slide_mpp
+from stgen._spatial.library import library_of
 from stgen._spatial.records import check_new_key, made_by, record, shallow_copy, write_table
 from stgen._spatial.section import find_image, get_table
 from stgen._spatial.tables import embedding_key_of, embedding_record, predicted_in_x, recorded_embeddings
@@ -70,6 +72,7 @@ class Target:
             shapes_key = regions(next(iter(predicted.values())))[0]
         target = cls(data, key_added, None, key_added, shapes_key, work, None, new_shapes=shapes_key is None)
         if shapes_key is not None:
+            check_element_ids(data[shapes_key], shapes_key)
             rows = AnnData(obs=pd.DataFrame(index=data[shapes_key].index.astype(str)))
             write_table(work, key_added, rows, region=shapes_key)
             target.table = work.tables[key_added]
@@ -133,7 +136,7 @@ class Target:
             )  # fmt: skip
             self.table = self.work.tables[self.key_added]
         if trained is None:
-            images = self.work.images if isinstance(self.work, SpatialData) else self.work.uns.get("spatial", {})
+            images = self.work.images if isinstance(self.work, SpatialData) else library_of(self.work).images
             if embedding_key is not None or recorded_embeddings(self.table) or not images:
                 return embedding_key_of(self.table, embedding_key)
             trained = {"key": "X_texture", "model": "texture", "by_name": True}
