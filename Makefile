@@ -25,7 +25,7 @@ help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed-test
-	$(BIN)/python -m stgen --out "$(DEMO_OUT)"
+	$(BIN)/python -m stgen demo --out "$(DEMO_OUT)"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,6 +1,8 @@
-"""``python -m stgen --out demo-output``: the demonstration that ``make demo`` runs."""
+"""``python -m stgen`` is ``stgen``."""
 
-from stgen._demo import main
+import sys
+
+from stgen._cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,7 @@
-"""The two main jobs on the built-in sections: ``python -m stgen --out demo-output``."""
+"""The two main jobs on the built-in sections: ``stgen demo --out demo-output``."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 import warnings
@@ -35,13 +34,8 @@ MAP_COLUMNS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """Train on four simulated patients, predict and sharpen a fifth, score, draw, save, explain."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the results")
-    out = parser.parse_args().out
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+def run(out: Path) -> None:
+    """Train on four simulated patients, predict and sharpen a fifth, score, draw, save to a folder, explain."""
     warnings.simplefilter("ignore")  # of the libraries below: the demo says what matters
     mpl.use("Agg")
     out.mkdir(parents=True, exist_ok=True)

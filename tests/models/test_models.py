@@ -195,7 +195,7 @@ def test_standardize():
 def test_saved_and_loaded_bit_for_bit(spots, name, tmp_path):
     model = fitted(name, spots)
     folder = model.save(tmp_path / "deep" / "model")
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     restored = models.load(folder)
     assert type(restored) is type(model)
     assert not restored.training

@@ -419,6 +419,7 @@ def test_maps_that_are_mirrored_or_turned(section: SpatialData, matrix: list, ex
     to = Affine(np.array([*matrix, [0, 0, 1]]), ("x", "y"), ("x", "y"))
     corner = np.full((2, *SHAPE), np.nan)
     corner[:, 0, 0] = 1
+    corner[:, -1, -1] = 2  # what is drawn ends where nothing is known
     add_map(section, "placed", corner, {"um": to})
     ax = pl.maps(section, "A", keys="placed", cmap="gray")[0, 0]
     image = ax.images[-1]
@@ -429,7 +430,7 @@ def test_maps_that_are_mirrored_or_turned(section: SpatialData, matrix: list, ex
         expected = ax.transData.transform(bins @ np.array(matrix)[:, :2].T)
         np.testing.assert_allclose(image.get_transform().transform(bins), expected)
         assert list(image.get_extent()) == [0, SHAPE[1], SHAPE[0], 0]
-    # the one bin that is known is where the transformation puts it
+    # the first bin is where the transformation puts it
     ax.figure.canvas.draw()
     x, y = ax.transData.transform(np.array(matrix) @ [0.5, 0.5, 1])
     pixels = np.asarray(ax.figure.canvas.buffer_rgba())[..., :3]
@@ -598,8 +599,8 @@ def test_scores_say_what_is_wrong() -> None:
     given = results(a=[0.1, 0.2])
     with pytest.raises(KeyError, match="'a' have no 'R2'; they have PCC, RMSE, SSIM"):
         pl.scores(given, metric="R2")
-    with pytest.raises(TypeError, match="For a single model"):
-        pl.scores(given["a"])
+    with pytest.raises(TypeError, match="`scores` must be a result of tl.evaluate"):
+        pl.scores([given["a"]])
     with pytest.raises(ValueError, match="no gene has a score to draw for a"):
         pl.scores(results(a=[np.nan]))
     with pytest.raises(ValueError, match="no gene has a score"):

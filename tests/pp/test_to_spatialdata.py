@@ -104,7 +104,7 @@ def test_bad_input_is_refused(adata, change, options, error, message):
 
 
 def test_only_tables_are_taken(sdata, adata):
-    with pytest.raises(TypeError, match="`adata` must be AnnData, found SpatialData"):
+    with pytest.raises(TypeError, match="`adata` must be an AnnData, found SpatialData"):
         pp.to_spatialdata(sdata)
     adata.uns["spatial"]["other"] = {}
     with pytest.raises(ValueError, match="several libraries"):

@@ -177,7 +177,7 @@ def test_what_scanpy_left_becomes_a_map(sdata, values):
     [
         ({"map_key": "nothing"}, KeyError, "no map in sdata.images 'nothing'"),
         ({"genes": ["A", "D"]}, KeyError, "1 of 2 genes are not in the map"),
-        ({"genes": "A"}, TypeError, "`genes` must be a list of names or None, found 'A'"),
+        ({"genes": "A"}, TypeError, "`genes` must be a list of names"),
         ({"genes": []}, ValueError, "at least one"),
         ({"storage": "zarr"}, ValueError, "`storage` must be one of 'dense', 'sparse', 'lazy'"),
         ({"normalize": "yes"}, TypeError, "`normalize` must be True or False"),

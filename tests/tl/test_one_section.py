@@ -1026,7 +1026,7 @@ def doubtful(result):
 def test_a_panel_says_of_which_gene_the_prediction_is_not_trusted(doubtful):
     axes = pl.maps(doubtful, ["ACTB", "EPCAM"], keys="superresolved", low_res="spot_counts")
     titles = [[ax.get_title() for ax in row] for row in axes]
-    assert titles[0][1] == "superresolved\nnot predictable"
+    assert titles[0][1] == "superresolved\nshare not predictable,\ncounts follow depth"
     assert titles[1] == ["", "", ""]
     assert titles[0][2] == "spread"
     assert "predictable" not in titles[0][0]
@@ -1034,14 +1034,17 @@ def test_a_panel_says_of_which_gene_the_prediction_is_not_trusted(doubtful):
 
 def test_a_panel_below_the_first_row_says_so_too(doubtful):
     axes = pl.maps(doubtful, ["EPCAM", "ACTB"], keys="superresolved", panels=["predicted", "spread"])
-    assert [[ax.get_title() for ax in row] for row in axes] == [["superresolved", "spread"], ["not predictable", ""]]
+    assert [[ax.get_title() for ax in row] for row in axes] == [
+        ["superresolved", "spread"],
+        ["share not predictable,\ncounts follow depth", ""],
+    ]
 
 
 def test_other_results_beside_it_are_not_marked(doubtful):
     doubtful.images["other"] = doubtful["superresolved"]
     doubtful.attrs["stgen"]["other"] = doubtful.attrs["stgen"]["superresolved"]
     axes = pl.maps(doubtful, "ACTB", keys=["other", "superresolved"], panels="predicted")
-    assert [ax.get_title() for ax in axes[0]] == ["other", "superresolved\nnot predictable"]
+    assert [ax.get_title() for ax in axes[0]] == ["other", "superresolved\nshare not predictable,\ncounts follow depth"]
 
 
 def test_trusted_genes_have_plain_titles(doubtful):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from spatialdata import SpatialData
 from xarray import DataArray
 
 from stgen._spatial.grid import Grid, get_map
 
-__all__ = ["PER", "total_of"]
-
-PER = 10_000.0  # normalized counts are per so many counts of all genes
+__all__ = ["total_of"]
 
 
+@overload
+def total_of(sdata: SpatialData, map_key: str, *, needed: Literal[True]) -> DataArray: ...
+@overload
+def total_of(sdata: SpatialData, map_key: str, *, needed: bool) -> DataArray | None: ...
 def total_of(sdata: SpatialData, map_key: str, *, needed: bool) -> DataArray | None:
     """The map ``(1, y, x)`` of the counts of all genes that belongs to a map, or None where there is none.
 

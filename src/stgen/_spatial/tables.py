@@ -12,6 +12,7 @@ from stgen._spatial.counts import get_counts
 from stgen.transforms import TransformName, transform_counts
 
 __all__ = [
+    "SYMBOL_COLUMNS",
     "embedding_key_of",
     "embedding_record",
     "expression",
@@ -19,9 +20,11 @@ __all__ = [
     "predictions_of",
     "recorded_embeddings",
     "spatial_blocks",
+    "symbols_of",
 ]
 
 MIN_LOCATIONS = 20
+SYMBOL_COLUMNS = ("gene_symbols", "gene_symbol", "symbol", "feature_name", "gene_name", "gene_names", "SYMBOL")
 RECIPE = ("model", "patch_um", "patch_px", "by_name", "default_patches", "patch_um_given", "patch_px_given")
 
 
@@ -100,6 +103,15 @@ def embedding_record(table: AnnData, key: str) -> dict[str, Any]:
     if "image_mpp" in entry:
         recipe["image_mpp"] = float(entry["image_mpp"])
     return {"key": key, "n_features": int(values.shape[1]), **recipe}
+
+
+def symbols_of(table: AnnData, genes: Sequence[str]) -> dict[str, str]:
+    """The symbols of genes that are named otherwise, such as by Ensembl ids, where a column of ``var`` has them."""
+    column = next((name for name in SYMBOL_COLUMNS if name in table.var), None)
+    if column is None or not table.var_names.is_unique:
+        return {}
+    symbols = table.var[column].reindex(list(genes))
+    return {gene: symbol for gene, symbol in symbols.items() if isinstance(symbol, str) and symbol}
 
 
 def spatial_blocks(xy: np.ndarray, n_blocks: int = 16) -> np.ndarray:

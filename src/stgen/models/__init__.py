@@ -8,6 +8,7 @@ from typing import Any
 from stgen.models._base import DiffusionModel, Model, known_models
 from stgen.models._baselines import LinearProbe, Retrieval, TrainingMean
 from stgen.models._folder import locate, read_content
+from stgen.models._lazyslide import FeaturePredictor
 from stgen.models._map_baselines import Interpolate, PixelProbe, RegressionUNet
 from stgen.models._map_diffusion import MapDiffusionModel
 from stgen.models._maps import MapModel
@@ -23,6 +24,7 @@ __all__ = [
     "DiffST",
     "DiffSTOptions",
     "DiffusionModel",
+    "FeaturePredictor",
     "HaDMST",
     "HaDMSTOptions",
     "Interpolate",

@@ -18,7 +18,7 @@ from stgen import train as training
 from stgen._checks import check_genes, is_sequence
 from stgen.data import Batch
 from stgen.diffusion import Diffusion, Generators, Solver, centered_noise
-from stgen.models import _folder
+from stgen.models import _card, _folder
 from stgen.models._options import Preset
 from stgen.transforms import TransformName, unit
 
@@ -80,6 +80,12 @@ class Model(nn.Module, ABC, Generic[T]):
         self.config = Config(deepcopy({**config, "genes": genes}))
         self.record = {}
 
+    def __repr__(self) -> str:
+        return _card.line(self)
+
+    def _repr_html_(self) -> str:
+        return _card.markup(self)
+
     @property
     def genes(self) -> list[str]:
         """The genes, in the order of the last dimension of every sample."""
@@ -134,7 +140,9 @@ class Model(nn.Module, ABC, Generic[T]):
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` to a folder, which is made if need be.
+        """Write ``config.json`` and ``model.safetensors`` to a folder, which is made if need be, and a card about them.
+
+        The card, ``README.md``, is in the form of the Hugging Face Hub; one that was written by hand stays.
 
         Returns
         -------
@@ -145,7 +153,9 @@ class Model(nn.Module, ABC, Generic[T]):
         content: _folder.Content = {"config": self.config, "record": self.record}
         if self.sampling_options:
             content["sampling"] = self.sampling_options
-        return _folder.write(folder, type(self).__name__, content, self.state_dict())
+        folder = _folder.write(folder, type(self).__name__, content, self.state_dict())
+        _card.write(folder, self)
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

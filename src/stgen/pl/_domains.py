@@ -37,6 +37,8 @@ from stgen.pl._panels import (
 
 __all__ = ["domains"]
 
+PANEL_INCHES = 4.5  # along a side: there may be many small groups
+
 
 @check_types
 def domains(
@@ -151,7 +153,7 @@ def domains(
     }
     panels = [Column(titles[key], None, columns[key][0]) for key in keys]
     picture = Picture(panels, {}, window, um_per_unit, image)
-    axes = new_axes(1, picture) if axes is None else np.reshape(axes, (1, -1))
+    axes = new_axes(1, picture, inches=PANEL_INCHES) if axes is None else np.reshape(axes, (1, -1))
     palette = [CATEGORIES[i % len(CATEGORIES)] if shown is None or i in shown else GRAY for i in range(n_colors)]
     for ax, key, panel in zip(axes[0], keys, panels, strict=True):
         code, names = groups[key]

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from stgen._checks import check_types
 from stgen.models import Model
@@ -61,7 +62,7 @@ def history(model: Model, *, ax: Axes | None = None) -> Axes:
     if ax is None:
         ax = plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     validation, total = losses.pop("validation", None), losses.pop("loss")
-    style: dict[str, Any] = {"marker": "o" if len(steps) < 40 else None, "ms": 3}
+    style: dict[str, Any] = {"marker": "o" if len(steps) < 40 else None, "ms": 6 if len(steps) < 6 else 3}
     ax.plot(steps, total, color=BLUE, label="training", **style)
     parts = {name: values for name, values in losses.items() if not np.allclose(values, total)}
     for number, (name, values) in enumerate(parts.items()):
@@ -72,6 +73,9 @@ def history(model: Model, *, ax: Axes | None = None) -> Axes:
         ax.plot(steps, validation, color=VERMILION, label="validation (averaged weights)", **style)
         ax.axvline(steps[best], color="0.4", lw=1, ls="--", zorder=0, label=f"weights kept, step {steps[best]}")
     ax.set(xlabel="step", ylabel="loss")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(steps) == 1:  # nothing to see a trend in
+        ax.set_xlim(0, 2 * steps[0])
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", **beside)
     return ax

@@ -11,7 +11,7 @@ from spatialdata import SpatialData
 
 from stgen._spatial.platforms import spot_pitch
 from stgen._spatial.section import Section, get_section, get_table
-from stgen._spatial.tables import expression, predictions_of
+from stgen._spatial.tables import expression, predictions_of, symbols_of
 from stgen.metrics import pcc
 from stgen.pl._panels import Column, Discs, Picture, Scale, check_panels, checked_axes, fine_enough, placed, sketch
 from stgen.transforms import TransformName
@@ -65,7 +65,8 @@ def picture_of_table(
     image = None
     if section.image is not None:
         image = sketch(section.image, placed(0, 0, section.image.mpp, section.image.mpp), window, fine_enough(axes))
-    return Picture(columns, units, window, None if section.mpp is None else 1.0, image), axes
+    um_per_unit = None if section.mpp is None else 1.0
+    return Picture(columns, units, window, um_per_unit, image, symbols_of(table, genes)), axes
 
 
 def _title(panel: str, key: str | None, n_keys: int) -> str:

@@ -18,7 +18,7 @@ from stgen.pl._panels import Scale, draw
 
 __all__ = ["maps"]
 
-Panel = Literal["histology", "measured", "predicted", "truth", "spread", "error"]
+Panel = Literal["histology", "measured", "predicted", "samples", "truth", "spread", "error"]
 
 
 @check_types
@@ -38,6 +38,8 @@ def maps(
     spot_um: float | None = None,
     bounds_um: tuple[float, float, float, float] | None = None,
     coordinate_system: str | None = None,
+    normalize: bool | None = None,
+    share_colors: bool = False,
     quantiles: tuple[float, float] = (0.01, 0.99),
     cmap: str = "viridis",
     spread_cmap: str = "magma",
@@ -54,7 +56,8 @@ def maps(
     the prediction. Maps of counts, which are images of a SpatialData, are drawn bin by bin, transparent where they are
     unknown (NaN). Larger bins, and spots, hold more counts: these are divided by the number of the finest bins drawn that
     one of them covers, as the title says, and are then comparable. Genes that a map without a model could not predict out of
-    fold (``trusted`` of :func:`stgen.tl.superresolve`) are titled "not predictable".
+    fold (``trusted`` of :func:`stgen.tl.superresolve`) are titled "share not predictable, counts follow depth": what is drawn
+    of them is the expected share of the counts of all genes.
 
     Parameters
     ----------
@@ -72,8 +75,8 @@ def maps(
     truth_key
         Maps only: map of the true counts.
     panels
-        What to draw, from left to right: ``"histology"`` (the image alone), ``"measured"``, ``"predicted"``, ``"truth"`` (maps
-        only), ``"spread"`` (standard deviation of the samples) and ``"error"`` (predicted minus measured; of maps predicted
+        What to draw, from left to right: ``"histology"`` (the image alone), ``"measured"``, ``"predicted"``,
+        ``"samples"`` (maps only: two of those that were kept), ``"truth"`` (maps only), ``"spread"`` (standard deviation of the samples) and ``"error"`` (predicted minus measured; of maps predicted
         minus truth, which must be on the same grid). Predicted, spread and error are drawn for each of ``keys``. By default
         measured, predicted, truth and spread, as far as they exist.
     image_key
@@ -88,12 +91,19 @@ def maps(
         Tables only: diameter of the discs in µm. By default that of the spots, or the distance between neighbors where
         the locations are no circles of one size.
     bounds_um
-        Maps only: part to draw as ``(x_min, y_min, x_max, y_max)``, in µm from the origin of the coordinate system. By default all.
+        Maps only: part to draw as ``(x_min, y_min, x_max, y_max)``, in µm from the origin of the coordinate system. By
+        default where the first gene is known.
     coordinate_system
         Maps only: the one to draw in; by default one in micrometers that all elements share, else ``"global"``.
+    normalize
+        Maps only: draw counts per 10,000 counts of all genes. Each map that is drawn needs ``<its key>_total`` beside it,
+        which :func:`stgen.tl.superresolve` writes without a model.
+    share_colors
+        One scale, and one color bar, for all genes; by default each gene has its own.
     quantiles
         Values below and above these quantiles share the first and last color. Expression: of measured, predicted and true
-        values together. Spread starts at zero, errors are symmetric about zero; both end at the upper quantile.
+        values together. Spread starts at zero, errors are symmetric about zero; both end at the upper quantile. What
+        lies at the rim of a map, where it is least certain, does not count.
     cmap, spread_cmap, error_cmap
         Color maps of expression, spread and error; the defaults can be told apart by color-blind readers.
     alpha
@@ -145,6 +155,7 @@ def maps(
         "truth_key": truth_key,
         "bounds_um": bounds_um,
         "coordinate_system": coordinate_system,
+        "normalize": normalize or None,
     }
     for_tables: dict[str, Any] = {
         "table_key": table_key, "shapes_key": shapes_key, "truth_layer": truth_layer, "mpp": mpp, "spot_um": spot_um
@@ -159,7 +170,7 @@ def maps(
     else:
         picture, axes = picture_of_table(data, genes, keys, **what, **for_tables)
     cmaps: dict[Scale, str | Colormap] = {"expression": cmap, "spread": spread_cmap, "error": error_cmap}
-    return draw(picture, genes, axes, quantiles=quantiles, cmaps=cmaps, alpha=alpha)
+    return draw(picture, genes, axes, quantiles=quantiles, cmaps=cmaps, alpha=alpha, share_colors=share_colors)
 
 
 def _refuse_unknown(sdata: SpatialData, keys: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import Colormap, Normalize
+from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.transforms import Affine2D, ScaledTranslation
+from scipy.ndimage import binary_erosion
 
 from stgen._spatial.image import Histology
 
@@ -39,6 +41,9 @@ Scale = Literal["expression", "spread", "error", "category"]
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue
 MAP_ALPHA = 0.75  # of a map that covers the image
 PANEL_INCHES, BAR_INCHES = 2.4, 0.75
+LETTER = 0.6  # width of a letter, in sizes of the font
+SMALLEST_POINTS = 6.0  # of the name of a gene
+RIM = 0.02  # of the shorter side of a map: what lies so close to its edge does not set the colors
 PANEL_PX = 600  # pixels along the longer side of a panel that images are read for, at least
 
 
@@ -108,6 +113,8 @@ class Picture:
     """µm per unit of the coordinates, where it is known."""
     image: tuple[Pixels, np.ndarray] | None = None
     """Image to draw beneath."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What stands at the rows of genes whose names say little, such as Ensembl ids."""
 
 
 def check_panels(
@@ -212,14 +219,16 @@ def draw(
     quantiles: tuple[float, float],
     cmaps: Mapping[Scale, str | Colormap],
     alpha: float | None,
+    share_colors: bool = False,
 ) -> np.ndarray:
     """Draw every panel, ``(genes, columns)``, with one color bar for neighbors of one scale."""
     columns = picture.columns
     if axes is None:
         axes = new_axes(len(genes), picture)
-    for i, gene in enumerate(genes):
-        values = [None if column.values is None else column.values(gene) for column in columns]
-        limits = _limits(values, columns, quantiles)
+    rows = [[None if column.values is None else column.values(gene) for column in columns] for gene in genes]
+    for i, (gene, values) in enumerate(zip(genes, rows, strict=True)):
+        alike = rows if share_colors else [values]
+        limits = _limits(alike, columns, quantiles)
         drawn = []
         for ax, column, shown in zip(axes[i], columns, values, strict=True):
             drawn.append(draw_panel(ax, picture, column, shown, limits, cmaps, alpha))
@@ -227,26 +236,30 @@ def draw(
             ax.set_title("\n".join(filter(None, title)), fontsize="medium")
             if column.note is not None:
                 ax.set_xlabel(column.note(gene), fontsize="small")
-        axes[i, 0].set_ylabel(gene, fontsize="large", fontstyle="italic")
+        _name_row(axes[i, 0], picture.labels.get(gene, gene), picture.window)
+        if share_colors and i < len(genes) - 1:  # the last row draws the bars of all
+            continue
         for scale, neighbors in groupby(range(len(columns)), key=lambda j: columns[j].scale):
             run = list(neighbors)
             last = drawn[run[-1]]
             if scale is not None and last is not None:
-                extend = _extend([v for v in (values[j] for j in run) if v is not None], *limits[scale])
-                color_bar(last, list(axes[i, run]), picture.units[scale], extend)
+                extend = _extend([v for v in (row[j] for row in alike for j in run) if v is not None], *limits[scale])
+                beside = axes[:, run].ravel() if share_colors else axes[i, run]
+                color_bar(last, list(beside), picture.units[scale], extend)
     scale_bar(axes[-1, 0], picture)
     return axes
 
 
-def new_axes(n_rows: int, picture: Picture) -> np.ndarray:
+def new_axes(n_rows: int, picture: Picture, *, inches: float = PANEL_INCHES) -> np.ndarray:
+    """Axes of a new figure, ``(n_rows, columns)``, each panel ``inches`` wide."""
     left, right, top, bottom = picture.window
     aspect = np.clip((bottom - top) / (right - left), 0.4, 2.5)
     n_columns = len(picture.columns)
     bars = sum(scale is not None for scale, _ in groupby(column.scale for column in picture.columns))
-    width = 0.3 + PANEL_INCHES * n_columns + BAR_INCHES * bars
+    width = 0.3 + inches * n_columns + BAR_INCHES * bars
     title_lines = max(1 + column.title.count("\n") for column in picture.columns)
     remarks = any(column.remark is not None for column in picture.columns)
-    height = 0.1 + 0.2 * title_lines + (PANEL_INCHES * aspect + 0.15 + 0.2 * remarks) * n_rows
+    height = 0.1 + 0.2 * title_lines + (inches * aspect + 0.15 + 0.4 * remarks) * n_rows
     return plt.subplots(n_rows, n_columns, figsize=(width, height), squeeze=False, layout="constrained")[1]
 
 
@@ -278,14 +291,33 @@ def draw_panel(
     return drawn
 
 
+def _name_row(ax: Axes, name: str, window: tuple[float, float, float, float]) -> None:
+    """The name of a gene along a panel, as small as it must be to fit."""
+    left, right, top, bottom = window
+    inches = min(ax.bbox.height, ax.bbox.width * (bottom - top) / (right - left)) / ax.figure.dpi
+    largest = FontProperties(size="large").get_size_in_points()
+    size = float(np.clip(72 * inches / (LETTER * max(len(name), 1)), SMALLEST_POINTS, largest))
+    ax.set_ylabel(name, fontsize=size, fontstyle="italic")
+
+
+def _inner(values: np.ndarray) -> np.ndarray:
+    """Known values, without those at the rim of a map, unless that were most of them."""
+    known = np.isfinite(values)
+    depth = round(RIM * min(values.shape)) if values.ndim == 2 else 0
+    if depth == 0:
+        return values[known]
+    inner = binary_erosion(known, iterations=depth, border_value=1)
+    return values[inner if 2 * inner.sum() > known.sum() else known]
+
+
 def _limits(
-    values: list[np.ndarray | None], columns: list[Column], quantiles: tuple[float, float]
+    rows: list[list[np.ndarray | None]], columns: list[Column], quantiles: tuple[float, float]
 ) -> dict[Scale, tuple[float, float]]:
-    """Color limits of the scales of one gene, over all columns of a scale."""
+    """Color limits of the scales of a gene, or of several, over all columns of a scale."""
     limits = {}
-    drawn = [(column.scale, v) for column, v in zip(columns, values, strict=True) if v is not None]
+    drawn = [(column.scale, v) for row in rows for column, v in zip(columns, row, strict=True) if v is not None]
     for scale in {column.scale for column in columns if column.scale is not None}:
-        parts = [v[np.isfinite(v)] for of, v in drawn if of == scale]
+        parts = [_inner(v) for of, v in drawn if of == scale]
         shown = np.concatenate([*parts, np.zeros(0 if any(map(len, parts)) else 1)])
         if scale == "expression":
             low, high = np.quantile(shown, quantiles)
@@ -309,7 +341,11 @@ def _extend(shown: list[np.ndarray], lowest: float, highest: float) -> str:
 
 def color_bar(drawn: EllipseCollection | AxesImage, axes: list[Axes], label: str, extend: str) -> None:
     """A color bar beside some panels; ``extend`` says where there are values beyond it."""
-    bar = axes[0].figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, aspect=18, pad=0.02, extend=extend)
+    places = [ax.get_subplotspec() for ax in axes]
+    n_rows = len({place.rowspan.start for place in places if place is not None}) or 1
+    bar = axes[0].figure.colorbar(
+        drawn, ax=axes, label=label, shrink=0.8, aspect=18 * n_rows, pad=0.02, extend=extend, extendfrac=0.05 / n_rows
+    )
     bar.ax.tick_params(labelsize="small")
     bar.ax.yaxis.label.set_fontsize("small")
 

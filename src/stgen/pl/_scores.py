@@ -32,7 +32,11 @@ HIGHER_IS_BETTER = ("PCC", "PCC/ceiling", "SSIM", "SSIM_sample")
 
 @partial(check_types, leave=("scores",))
 def scores(
-    scores: Mapping[str, Scores] | pd.DataFrame, *, metric: str = "PCC", color: str = "C0", ax: Axes | None = None
+    scores: Scores | Mapping[str, Scores] | pd.DataFrame,
+    *,
+    metric: str = "PCC",
+    color: str = "C0",
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw the scores of all genes for each model, the best model on top.
 
@@ -41,12 +45,12 @@ def scores(
     Parameters
     ----------
     scores
-        Names of the models and what :func:`stgen.tl.evaluate` returned for each; or a table with one column per model
-        and one row per gene, which holds the metric.
+        Names of the models and what :func:`stgen.tl.evaluate` returned for each, or what it returned for a single one;
+        or a table with one column per model and one row per gene, which holds the metric.
     metric
-        Column of ``Scores.genes``, such as ``"PCC"``, ``"RMSE"``, ``"RVD"`` or ``"coverage_90%"``. Higher is better for PCC,
-        PCC/ceiling and SSIM, closer to the dashed line for coverage and the difference of Moran's I, and lower for
-        everything else.
+        Column of ``Scores.genes``, such as ``"PCC"``, ``"RMSE"``, ``"RVD"`` or ``"coverage_90%"``. Higher is better
+        for PCC, PCC/ceiling and SSIM, closer to the dashed line for coverage and the difference of Moran's I, and
+        lower for everything else.
     color
         Color of the points.
     ax
@@ -111,8 +115,10 @@ def _box(ax: Axes, row: int, values: np.ndarray) -> None:
     ax.vlines(middle, row - 0.28, row + 0.28, color="black", lw=2.5, zorder=3)
 
 
-def _columns(scores: Mapping[str, Scores] | pd.DataFrame, metric: str) -> dict[str, np.ndarray]:
+def _columns(scores: Scores | Mapping[str, Scores] | pd.DataFrame, metric: str) -> dict[str, np.ndarray]:
     """The metric of all genes, model by model, NaN left out."""
+    if isinstance(scores, Scores):
+        scores = {"prediction": scores}
     if isinstance(scores, pd.DataFrame):
         columns = {str(name): scores[name] for name in scores}
     elif isinstance(scores, Mapping) and all(isinstance(value, Scores) for value in scores.values()):
@@ -122,8 +128,8 @@ def _columns(scores: Mapping[str, Scores] | pd.DataFrame, metric: str) -> dict[s
         columns = {name: value.genes[metric] for name, value in scores.items()}
     else:
         raise TypeError(
-            f"`scores` must map names to results of tl.evaluate, or be a DataFrame (genes, models); found "
-            f'{type(scores).__name__}. For a single model: pl.scores({{"model": tl.evaluate(data)}}).'
+            f"`scores` must be a result of tl.evaluate, map names to such results, or be a DataFrame (genes, models); "
+            f"found {type(scores).__name__}."
         )
     columns = {name: values.dropna().to_numpy(float) for name, values in columns.items()}
     empty = [name for name, values in columns.items() if len(values) == 0]

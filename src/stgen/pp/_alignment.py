@@ -11,6 +11,7 @@ from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
+from stgen import _html
 from stgen._checks import check_types
 from stgen._spatial.image import Histology
 from stgen._spatial.library import library_of
@@ -73,6 +74,11 @@ class AlignmentReport:
             *([f"warning: {warning}" for warning in self.warnings] or ["no warnings"]),
         )
         return "\n    ".join(lines)
+
+    def _repr_html_(self) -> str:
+        name, *lines = repr(self).splitlines()
+        rows = [line.strip().split(": ", 1) if ": " in line else ("", line.strip()) for line in lines]
+        return _html.tag("div", _html.tag("b", name), _html.table(rows))
 
 
 @check_types

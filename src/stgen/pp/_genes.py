@@ -16,6 +16,7 @@ from stgen._checks import check_types
 from stgen._spatial.counts import get_counts
 from stgen._spatial.records import check_new_key, made_by, provenance, record
 from stgen._spatial.section import get_table
+from stgen._spatial.tables import SYMBOL_COLUMNS
 from stgen.transforms import TARGET_SUM
 
 __all__ = ["select_genes"]
@@ -24,7 +25,6 @@ logger = logging.getLogger("stgen")
 
 _MITOCHONDRIAL_OR_RIBOSOMAL = r"^(?:MT-|RPS|RPL|mt-|Mt-|Rps|Rpl)"
 _NUMBERED = r"^(?:ENS[A-Z]*[GTP]\d{6,}|FBgn\d+|WBGene\d+|[A-Z]{2}_\d+|\d+$)"  # names by databases, which say nothing of the kind
-_SYMBOLS = ("gene_symbols", "gene_symbol", "symbol", "feature_name", "gene_name", "gene_names", "SYMBOL")
 _WHOLE_TRANSCRIPTOME = 5000  # genes of a table that must have ribosomal ones among them
 _PER_SECTION = 2000
 
@@ -202,7 +202,7 @@ def _warn_of_names(table: AnnData, exclude: str, gene_symbols: str | None) -> No
     numbered = names.str.contains(_NUMBERED).mean() > 0.5
     if exclude == _MITOCHONDRIAL_OR_RIBOSOMAL and not numbered and table.n_vars < _WHOLE_TRANSCRIPTOME:
         return  # a panel without such genes
-    column = next((name for name in _SYMBOLS if name in table.var and name != gene_symbols), None)
+    column = next((name for name in SYMBOL_COLUMNS if name in table.var and name != gene_symbols), None)
     logger.warning(
         "exclude=%r matches none of the %d gene names%s, which look like %s: no gene is left out%s. %s", exclude, len(names),
         "" if gene_symbols is None else f" in var[{gene_symbols!r}]", ", ".join(map(str, names[:3])),

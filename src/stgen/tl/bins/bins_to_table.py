@@ -20,11 +20,12 @@ from spatialdata.transformations import Affine
 
 from stgen._checks import check_types, genes_of
 from stgen._spatial.grid import Grid, apply_affine, get_map
-from stgen._spatial.normalized import PER, total_of
+from stgen._spatial.normalized import total_of
 from stgen._spatial.records import check_free_key, made_by, provenance, record, shallow_copy
 from stgen._spatial.section import check_sdata, shared_system
 from stgen.tl.evaluation.maps import check_same_grid
 from stgen.tl.superresolution.result import TABLE
+from stgen.transforms import TARGET_SUM
 
 __all__ = ["FUNCTION", "bins_to_table"]
 
@@ -213,7 +214,7 @@ class _Bins:
 
 def _normalized(values: Values, total: np.ndarray) -> Values:
     """Counts per 10,000 of the total of each bin; 0 where that is 0."""
-    factor = np.divide(PER, total, out=np.zeros_like(total), where=total > 0)[:, None]
+    factor = np.divide(TARGET_SUM, total, out=np.zeros_like(total), where=total > 0)[:, None]
     if isinstance(values, sparse.csr_matrix):
         return sparse.csr_matrix(values.multiply(factor), dtype=np.float32)
     return values * factor

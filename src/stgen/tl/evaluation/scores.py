@@ -10,11 +10,13 @@ import pandas as pd
 import scipy.sparse as sp
 from sklearn.neighbors import kneighbors_graph
 
-from stgen import metrics
+from stgen import _html, metrics
 
 __all__ = ["Scores", "gene_scores", "score", "summarize", "warn_of_few_samples"]
 
 logger = logging.getLogger("stgen")
+
+SHOWN = 10  # genes, in a notebook
 
 
 class Scores(NamedTuple):
@@ -34,6 +36,19 @@ class Scores(NamedTuple):
     """One row per gene, one column per score."""
     summary: pd.Series
     """One number per score, over all genes."""
+
+    def _repr_html_(self) -> str:
+        shown = self.genes.iloc[:SHOWN]
+        rows = [(gene, *values) for gene, values in zip(shown.index, shown.to_numpy(), strict=True)]
+        parts = [
+            _html.tag("p", _html.tag("b", "over all genes")),
+            _html.table(self.summary.items(), ["score", "value"]),
+            _html.tag("p", _html.tag("b", "per gene")),
+            _html.table(rows, ["gene", *shown]),
+        ]
+        if len(self.genes) > SHOWN:
+            parts.append(_html.tag("p", f"... {len(self.genes) - SHOWN:,} more genes in .genes"))
+        return _html.tag("div", *parts)
 
 
 def score(
