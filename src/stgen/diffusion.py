@@ -1,8 +1,8 @@
 """Gaussian diffusion: forward process, parameterizations, training loss and samplers.
 
-Nothing here knows what is diffused. All functions broadcast over trailing dimensions, so that gene maps ``(B, G, H, W)``
-and expression profiles ``(B, G)`` go through the same code. Noise levels follow the discrete convention of DDPM
-(Ho et al., 2020): ``t`` runs from ``0`` (almost clean) to ``timesteps - 1`` (almost pure noise).
+Nothing here knows what is diffused. All functions broadcast over trailing dimensions, so that gene maps
+``(B, G, H, W)`` and expression profiles ``(B, G)`` go through the same code. Noise levels follow the discrete
+convention of DDPM (Ho et al., 2020): ``t`` runs from ``0`` (almost clean) to ``timesteps - 1`` (almost pure noise).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class DiffusionLoss(NamedTuple):
     t: Tensor
     """Their noise levels, shape ``(B,)``."""
     prediction: Tensor
-    """What the network made of them, of the shape of ``x_t``; :meth:`Diffusion.to_x_0` gives the estimate that it implies."""
+    """What the network made of them, of the shape of ``x_t``; :meth:`Diffusion.to_x_0` gives the estimate that it
+    implies."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Diffusion:
     # ---- what the network predicts -----------------------------------------------------------------------------
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should output; ``v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0`` (Salimans & Ho, 2022)."""
+        """What the network should output; ``v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0`` (Salimans & Ho)."""
         if self.prediction == "epsilon":
             return eps
         if self.prediction == "x_0":
@@ -116,7 +117,7 @@ class Diffusion:
         return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
 
     def to_x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Clean value implied by a network's prediction at ``x_t``; inverse of :meth:`target` given :meth:`add_noise`."""
+        """Clean value implied by a prediction at ``x_t``; inverse of :meth:`target` given :meth:`add_noise`."""
         alpha_bar = self.alpha_bar(t, x_t)
         if self.prediction == "epsilon":
             return (x_t - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
@@ -147,8 +148,8 @@ class Diffusion:
         Returns
         -------
         The losses, and the noised values, noise levels and predictions that they are of. Losses are ``"mse"``, the mean
-        squared error of the prediction (DDPM, Eq. 14; Stem, Section 4), with a learned variance also ``"vlb"`` (in bits),
-        and their sum ``"loss"``.
+        squared error of the prediction (DDPM, Eq. 14; Stem, Section 4), with a learned variance also ``"vlb"`` (in
+        bits), and their sum ``"loss"``.
 
         Examples
         --------
@@ -310,10 +311,10 @@ def centered_noise(n_samples: int, shape: Sequence[int], generator: Sequence[tor
     """Standard normal noise for several samples of each item, whose mean over the samples is exactly zero.
 
     Each sample on its own is exactly standard normal: independent draws are centered and rescaled by
-    ``sqrt(n / (n - 1))``. Whatever is linear in the noise then cancels exactly in the mean of the samples, so that a few
-    samples give the mean that would otherwise take many; spread is the population standard deviation over the samples.
-    The price: an ensemble is centered better than independent samples would be, which makes coverage look higher than
-    theirs (by .016 at a nominal .9, for 20 samples of a perfect Gaussian model).
+    ``sqrt(n / (n - 1))``. Whatever is linear in the noise then cancels exactly in the mean of the samples, so that a
+    few samples give the mean that would otherwise take many; spread is the population standard deviation over the
+    samples. The price: an ensemble is centered better than independent samples would be, which makes coverage look
+    higher than theirs (by .016 at a nominal .9, for 20 samples of a perfect Gaussian model).
     Every item has its own generator, which makes the noise of an item independent of the batch in which it is drawn.
 
     Parameters

@@ -72,8 +72,8 @@ class Trainable(nn.Module, ABC):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Training losses of a batch: the total under ``"loss"``, every term by its name.
 
-        With an :attr:`adversary`, in training, also ``"discriminator"``: what it minimizes. No gradient of it reaches the
-        rest of the model, and none of ``"loss"`` the adversary.
+        With an :attr:`adversary`, in training, also ``"discriminator"``: what it minimizes. No gradient of it reaches
+        the rest of the model, and none of ``"loss"`` the adversary.
         """
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -106,9 +106,9 @@ def fit(
     Parameters
     ----------
     model
-        The model. Its ``loss(batch)`` is minimized with AdamW at a constant learning rate. Where it has an ``adversary``,
-        both take a step each time: the model on ``"loss"``, the adversary on ``"discriminator"``, and the validation and
-        the average of weights are of the model only.
+        The model. Its ``loss(batch)`` is minimized with AdamW at a constant learning rate. Where it has an
+        ``adversary``, both take a step each time: the model on ``"loss"``, the adversary on ``"discriminator"``, and
+        the validation and the average of weights are of the model only.
     train, validation
         Datasets. Without ``validation`` all ``steps`` are taken and the last weights are kept.
     steps
@@ -129,8 +129,8 @@ def fit(
     seed
         Random seed.
     device
-        ``"cpu"``, ``"cuda"`` or ``"mps"``; by default a GPU if there is one. ``accelerate launch`` spreads a script over
-        several GPUs.
+        ``"cpu"``, ``"cuda"`` or ``"mps"``; by default a GPU if there is one. ``accelerate launch`` spreads a script
+        over several GPUs.
     precision
         Mixed precision; by default bfloat16 on CUDA devices that have it, else none.
     num_workers
@@ -145,7 +145,8 @@ def fit(
     Raises
     ------
     ValueError
-        If the device is unknown, ``checkpoint`` belongs to another run, or ``batch_size`` is below the number of processes.
+        If the device is unknown, ``checkpoint`` belongs to another run, or ``batch_size`` is below the number of
+        processes.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Models: one contract, one place for each paper. Needs torch, numpy and pandas; imports neither anndata nor spatialdata."""
+"""Models: one contract, one place for each paper. Needs torch, numpy, pandas; no anndata, no spatialdata."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def load(path: str | Path) -> Model[Any]:
     Parameters
     ----------
     path
-        A folder that ``model.save(folder)`` wrote, or the id of a model on the Hugging Face Hub (``"owner/name"``), from
-        which ``config.json`` and ``model.safetensors`` are taken. Nothing is unpickled.
+        A folder that ``model.save(folder)`` wrote, or the id of a model on the Hugging Face Hub (``"owner/name"``),
+        from which ``config.json`` and ``model.safetensors`` are taken. Nothing is unpickled.
 
     Returns
     -------
@@ -61,7 +61,8 @@ def load(path: str | Path) -> Model[Any]:
     FileNotFoundError
         If there is neither a complete folder of that name nor such a model on the Hub.
     ValueError
-        If there is no such class, here or among those that you have defined, or the weights do not fit the configuration.
+        If there is no such class, here or among those that you have defined, or the weights do not fit the
+        configuration.
 
     Examples
     --------
@@ -81,8 +82,8 @@ def load(path: str | Path) -> Model[Any]:
     known = known_models()
     if name not in known:
         raise ValueError(
-            f"{folder} holds a {name!r}, which this version of stgen does not know; it knows {sorted(known)}. A class of "
-            "your own must be defined, or imported, before its models are loaded."
+            f"{folder} holds a {name!r}, which this version of stgen does not know; it knows {sorted(known)}. A "
+            "class of your own must be defined, or imported, before its models are loaded."
         )
     if len(known[name]) > 1:
         raise ValueError(

@@ -125,7 +125,7 @@ class Model(nn.Module, ABC, Generic[T]):
 
     @property
     def sampling_options(self) -> dict[str, Any]:
-        """Attributes that decide, too, how samples are drawn, for the record of a result and for loading; JSON values."""
+        """Attributes that decide, too, how samples are drawn, for records and for loading; JSON values."""
         return {}
 
     def check_sampling(self, steps: int, solver: Solver) -> None:
@@ -215,7 +215,7 @@ class SteppedModel(Model[D], training.Trainable):
 
     @property
     def training_options(self) -> dict[str, Any]:
-        """Options of :func:`stgen.train.fit` that hold where a call does not give others: the preset's, if there is one."""
+        """Options of :func:`stgen.train.fit` where a call gives no others: the preset's, if there is one."""
         preset = self.presets.get(self.config.get("preset", ""))
         return {} if preset is None else dict(preset.training)
 
@@ -306,8 +306,8 @@ class DiffusionModel(SteppedModel[D]):
             Draws standard normal noise ``(B, n_samples, *sample_shape)``, once or (``"ddpm"``) at every step; takes the
             place of ``generator``.
         project
-            Applied to the estimated clean samples ``(B n_samples, *sample_shape)``, on the scale ``transform``, at every
-            step.
+            Applied to the estimated clean samples ``(B n_samples, *sample_shape)``, on the scale ``transform``, at
+            every step.
 
         Returns
         -------

@@ -156,8 +156,9 @@ class LinearProbe(PointModel):
     def cross_fit(self, data: SpotData) -> Tensor:
         """Fit on all rows and return, for each row, the prediction of a probe that never saw the row's fold.
 
-        The penalty is the one that best predicts differences *within* a fold. The offset of a fold (a section with other
-        depth or stain, often) is set aside: no penalty can predict it, and it would drown what the penalty can do.
+        The penalty is the one that best predicts differences *within* a fold. The offset of a fold (a section with
+        other depth or stain, often) is set aside: no penalty can predict it, and it would drown what the penalty can
+        do.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""A model on disk: ``config.json`` and ``model.safetensors`` in a folder, or on the Hugging Face Hub. Nothing is pickled."""
+"""A model on disk: ``config.json`` and ``model.safetensors`` in a folder or on the Hugging Face Hub. No pickle."""
 
 from __future__ import annotations
 

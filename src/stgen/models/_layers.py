@@ -120,7 +120,8 @@ class ChannelNorm(nn.Module):
 class ResBlock(nn.Module):
     """Two 3 x 3 convolutions around which the input passes; the noise level scales and shifts what is between them.
 
-    Starts as the identity (or as its 1 x 1 projection), once :func:`draw_weights` has set the second convolution to zero.
+    Starts as the identity (or as its 1 x 1 projection), once :func:`draw_weights` has set the second convolution to
+    zero.
     """
 
     def __init__(self, inputs: int, outputs: int, time_dim: int | None = None) -> None:
@@ -169,8 +170,8 @@ class UNetEncoder(nn.Module):
     blocks
         Residual blocks at each resolution.
     attention
-        Resolutions (numbers of ``widths``) with self-attention. It sees the whole tile, so that results come to depend on
-        the tile.
+        Resolutions (numbers of ``widths``) with self-attention. It sees the whole tile, so that results come to depend
+        on the tile.
     head_dim
         Channels of an attention head, or the next more that divide a level's.
     """

@@ -24,8 +24,8 @@ class MapOptions(Options):
     residual: bool = True
     """Let a regression network predict the mean, and diffuse what remains. Not in the papers."""
     scale: GeneScaleKind = "std"
-    """Scale of the maps: divided per gene by the ``"std"`` or the 99.5 % ``"quantile"`` of the training tissue, or by the
-    range of each low-resolution ``"map"``."""
+    """Scale of the maps: divided per gene by the ``"std"`` or the 99.5 % ``"quantile"`` of the training tissue, or by
+    the range of each low-resolution ``"map"``."""
     prediction: Prediction = "v"
     """What the network predicts, see :class:`stgen.diffusion.Diffusion`."""
     width: Count = 32
@@ -39,7 +39,7 @@ class MapOptions(Options):
 
 
 class MapDiffusionModel(SteppedMapModel, DiffusionModel[MapData]):
-    """A map model that diffuses; its condition has a ``scale`` for each gene and, for a residual, the predicted ``mean``."""
+    """A map model that diffuses; its condition has each gene's ``scale`` and, for a residual, a ``mean``."""
 
     def expect(self, batch: Batch) -> Tensor | None:
         """What the regression predicts, of a model that diffuses only what remains; samples scatter around it."""
@@ -53,7 +53,7 @@ class MapDiffusionModel(SteppedMapModel, DiffusionModel[MapData]):
         known: Tensor | None,
         denoise: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor] | None = None,
     ) -> DiffusionLoss:
-        """Loss of the diffusion. A predicted mean is taken as it is: what remains is to be modeled, not to be made small.
+        """Loss of the diffusion. A predicted mean is as it is: what remains is to be modeled, not to be made small.
 
         Parameters
         ----------
@@ -73,7 +73,7 @@ class MapDiffusionModel(SteppedMapModel, DiffusionModel[MapData]):
     def add_regression(
         self, losses: dict[str, Tensor], x: Tensor, cond: dict[str, Tensor], known: Tensor | None
     ) -> None:
-        """Add to the losses ``"mean"``, the squared error of the mean in a condition on the network's scale, if there is one."""
+        """Add ``"mean"``, the squared error of a condition's mean on the network's scale, if it has one."""
         if "mean" in cond:
             losses["mean"] = weighted_mean((x / cond["scale"] - cond["mean"]).square(), known)
             losses["loss"] = losses["loss"] + losses["mean"]
@@ -102,13 +102,13 @@ class MapDiffusionModel(SteppedMapModel, DiffusionModel[MapData]):
         return {**batch, "y": zeros(size, len(self.genes), *shape), "valid": zeros(size, 1, *shape)}
 
     def with_measurement(self, batch: Batch, p_missing: float = 0.0) -> Tensor:
-        """Which items have a measured low-resolution map that may be looked at, shape ``(B,)``; in training, some are hidden."""
+        """Which items have a low-resolution map that may be seen, shape ``(B,)``; in training, some are hidden."""
         present = batch["valid"].flatten(1).any(1)
         return present & conditioning_dropout(present, p_missing) if self.training else present
 
 
 def conditioning_dropout(present: Tensor, p: float) -> Tensor:
-    """Which samples are not hidden when each is with probability ``p``; one that is present never is, shape ``(B,)``."""
+    """Which samples are shown, shape ``(B,)``: each is hidden with probability ``p``, but never all that are present."""
     chance = torch.rand(len(present), device=present.device)
     shown = chance >= p
     shown[torch.where(present, chance, -1.0).argmax()] = True

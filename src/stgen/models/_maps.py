@@ -139,7 +139,7 @@ class MapModel(Model[MapData]):
         return max(1, round(TILE_UM / self.config["bin_um"] / self.align)) * self.align
 
     def expect(self, batch: Batch) -> Tensor | None:
-        """The expected map on the scale ``transform``, ``(B, G, H, W)``, if the model knows it without drawing samples."""
+        """The expected map on the scale ``transform``, ``(B, G, H, W)``, if it is known without drawing samples."""
         return None
 
     def sampler(self, inputs: MapInputs, genes: Sequence[str], options: SamplingOptions) -> MapSampler:
@@ -199,8 +199,8 @@ class PointMapModel(MapModel):
 class SteppedMapModel(MapModel, SteppedModel[MapData]):
     """A map model that is trained in steps, on maps and images that are brought to scale.
 
-    What else a family takes from the training tiles before it is trained, :meth:`fit_constants` fits; what it must refuse
-    before that, :meth:`check_training` does.
+    What else a family takes from the training tiles before it is trained, :meth:`fit_constants` fits; what it must
+    refuse before that, :meth:`check_training` does.
     """
 
     image_scale: ImageScale

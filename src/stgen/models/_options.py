@@ -1,4 +1,4 @@
-"""Options of a family of models: each is written once, as a field of a frozen dataclass; presets are instances of it."""
+"""Options of a family of models: each is written once, as a field of a frozen dataclass; presets are instances."""
 
 from __future__ import annotations
 

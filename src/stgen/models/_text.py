@@ -24,8 +24,8 @@ def embed_text(text: str, encoder: str, dim: int) -> np.ndarray:
         The sentence.
     encoder
         ``"hashed"``: words and pairs of neighboring words, each counted in one of ``dim`` places, normalized. Needs no
-        download, and knows of no likeness between different words. Or a BERT-type encoder, by its folder or Hugging Face
-        Hub id, whose last states are averaged over the words; needs transformers, and weights as safetensors.
+        download, and knows of no likeness between different words. Or a BERT-type encoder, by its folder or Hugging
+        Face Hub id, whose last states are averaged over the words; needs transformers, and weights as safetensors.
     dim
         Size of the vector.
 
@@ -46,8 +46,8 @@ def embed_text(text: str, encoder: str, dim: int) -> np.ndarray:
     vector = _hashed(text, dim) if encoder == "hashed" else _encoded(text, encoder)
     if len(vector) != dim:
         raise ValueError(
-            f"the vectors of the text encoder {encoder!r} have {len(vector)} numbers and the model takes {dim}; construct "
-            f"it with text_dim={len(vector)}."
+            f"the vectors of the text encoder {encoder!r} have {len(vector)} numbers and the model takes {dim}; "
+            f"construct it with text_dim={len(vector)}."
         )
     return vector
 
@@ -86,6 +86,7 @@ def _bert(encoder: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return tokenizer, AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
     except OSError as error:
         raise FileNotFoundError(
-            f"the text encoder {encoder!r} could not be loaded, with safetensors weights, from a folder or from the Hugging Face "
+            f"the text encoder {encoder!r} could not be loaded, with safetensors weights, from a folder or from the "
+            f"Hugging Face "
             f'Hub: {str(error).splitlines()[0]} text_encoder="hashed" needs none.'
         ) from error

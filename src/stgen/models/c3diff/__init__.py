@@ -1,4 +1,4 @@
-"""C3-Diff: cross-modal cross-content contrastive diffusion for super-resolved gene maps (Wang et al., CVPR 2026 Findings)."""
+"""C3-Diff: cross-modal cross-content contrastive diffusion for super-resolved gene maps (Wang et al., 2026)."""
 
 from stgen.models.c3diff.model import C3Diff
 from stgen.models.c3diff.options import C3DiffOptions

@@ -29,8 +29,8 @@ def contrastive_loss(positive: Tensor, negatives: Tensor) -> Tensor:
     Parameters
     ----------
     positive
-        Similarities ``z . z+ / tau`` of each anchor to its positives, shape ``(n, P)``; minus infinity where a pair is not
-        one.
+        Similarities ``z . z+ / tau`` of each anchor to its positives, shape ``(n, P)``; minus infinity where a pair is
+        not one.
     negatives
         Similarities ``z . z- / tau``, shape ``(n, K)``; minus infinity where a pair is none.
 
@@ -52,7 +52,8 @@ def modal_loss(z: dict[str, Tensor], present: Tensor, tau: Tensor) -> Tensor:
     Parameters
     ----------
     z
-        Embeddings ``"m_h", "c_h", "m_y", "c_y"`` of a batch, each ``(B, d)`` on the unit hypersphere; ``y``'s augmented.
+        Embeddings ``"m_h", "c_h", "m_y", "c_y"`` of a batch, each ``(B, d)`` on the unit hypersphere; ``y``'s
+        augmented.
     present
         Which samples have a low-resolution map, shape ``(B,)``: others take no part on its side.
     tau

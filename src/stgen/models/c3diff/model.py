@@ -1,4 +1,4 @@
-"""C3-Diff: cross-modal cross-content contrastive diffusion for super-resolved gene maps (Wang et al., CVPR 2026 Findings)."""
+"""C3-Diff: cross-modal cross-content contrastive diffusion for super-resolved gene maps (Wang et al., 2026)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class C3Diff(MapDiffusionModel):
     """C3-Diff: sharpens gene maps with histology, one gene at a time, with or without a low-resolution map.
 
     Histology and low-resolution map each have a modality encoder and a content encoder, whose features lie on unit
-    hyperspheres and are arranged there by three contrastive losses. A control branch makes of them what guides a denoising
-    U-Net, in which a code says which gene it is about. The networks are the same for all genes, however many.
+    hyperspheres and are arranged there by three contrastive losses. A control branch makes of them what guides a
+    denoising U-Net, in which a code says which gene it is about. The networks are the same for all genes, however many.
 
     Parameters
     ----------
@@ -54,14 +54,14 @@ class C3Diff(MapDiffusionModel):
     px_per_bin
         Pixels along a bin at which the image is read; by default such that they are 2.5 µm (paper: 10 µm).
     preset
-        ``"default"`` is small and fits on a CPU in minutes; ``"paper"`` has the networks of the released code and wants a
-        GPU.
+        ``"default"`` is small and fits on a CPU in minutes; ``"paper"`` has the networks of the released code and wants
+        a GPU.
     transform
         Scale of expression, see :func:`stgen.transforms.transform_counts`.
     gene_embedding
-        A vector for each gene (a table whose index names genes, of protein or language embeddings, say), from which gene
-        codes are then made instead of being learned: see :meth:`with_genes`. Or the number of its columns, for a model
-        whose weights are loaded.
+        A vector for each gene (a table whose index names genes, of protein or language embeddings, say), from which
+        gene codes are then made instead of being learned: see :meth:`with_genes`. Or the number of its columns, for a
+        model whose weights are loaded.
     **options
         Fields of :class:`stgen.models.C3DiffOptions`, each in place of the preset's.
 
@@ -180,7 +180,8 @@ class C3Diff(MapDiffusionModel):
         weight = check_not_negative("guidance", weight)
         if weight != 1 and self.options.p_unconditional == 0:
             raise ValueError(
-                f"this model was not trained without condition (p_unconditional=0), which guidance={weight} would need; "
+                f"this model was not trained without condition (p_unconditional=0), which guidance={weight} would "
+                f"need; "
                 "construct it with p_unconditional=0.1 and fit it, or leave guidance at 1."
             )
         self._guidance = weight
@@ -196,7 +197,8 @@ class C3Diff(MapDiffusionModel):
         """Refuse tiles without any low-resolution map: features of missing ones are then imputed from nothing."""
         if all(section.measurement is None for section in train.sections):
             raise ValueError(
-                "no training section has a low-resolution map, which C3-Diff learns from even where it is to do without one. "
+                "no training section has a low-resolution map, which C3-Diff learns from even where it is to do "
+                "without one. "
                 "Pass low_res=, or leave it out to sum the fine map; for histology alone there is "
                 "models.RegressionUNet(genes, use_low_res=False)."
             )

@@ -45,7 +45,7 @@ class GeneCode(nn.Module):
             self.register_buffer("regression", torch.zeros(columns + 1, 4))
 
     def fit(self, data: MapData, scale: Tensor) -> None:
-        """Take mean, share of bins with a count, and log scale from training tiles, each standardized over the genes."""
+        """Take mean, share of bins with a count and log scale from training tiles, standardized over the genes."""
         total, some = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
         n = 0
         for batch in training_tiles(data):
@@ -95,7 +95,7 @@ class ZeroControl(nn.Module):
 
 
 def _ridge(z: Tensor, target: Tensor) -> Tensor:
-    """Coefficients and, last, intercepts of a ridge regression whose penalty is chosen by generalized cross-validation."""
+    """Coefficients and, last, intercepts of ridge regression, its penalty by generalized cross-validation."""
     from sklearn.linear_model import RidgeCV
 
     ridge = RidgeCV(np.logspace(-2, 5, 15)).fit(z.cpu().numpy(), target.cpu().numpy())
@@ -107,7 +107,8 @@ def embedding_table(table: pd.DataFrame, genes: Sequence[str]) -> np.ndarray:
     missing = [gene for gene in genes if gene not in table.index]
     if missing:
         raise KeyError(
-            f"`gene_embedding` lacks {len(missing)} of {len(genes)} genes: {', '.join(missing[:5])}. Its index must hold "
+            f"`gene_embedding` lacks {len(missing)} of {len(genes)} genes: {', '.join(missing[:5])}. Its index must "
+            f"hold "
             "the names of the genes."
         )
     values = table.loc[list(genes)].to_numpy(np.float32)

@@ -37,16 +37,16 @@ class C3DiffOptions(MapOptions):
     sigma: Weight = 0.03
     """Its standard deviation, which the paper does not state."""
     modal_weight: Weight = 0.005
-    """Weight of the cross-modal loss; 0 leaves it out. The paper states none of the three: its preset has those that the
-    released code evidently means, the default a tenth of that."""
+    """Weight of the cross-modal loss; 0 leaves it out. The paper states none of the three: its preset has those that
+    the released code evidently means, the default a tenth of that."""
     content_weight: Weight = 0.005
     """Weight of the cross-content loss; 0 leaves it out."""
     inter_sphere_weight: Weight = 0.003
     """Weight of the inter-sphere loss; 0 leaves it out."""
     imputation: Imputation = "similarity"
-    """What stands for the features of a missing low-resolution map in training, until half of it is done: those of tiles
-    with ``"similarity"`` in histology (the paper's), the ``"mean"`` of all, or ``"zero"``. ``"drop"`` leaves such tiles
-    out."""
+    """What stands for the features of a missing low-resolution map in training, until half of it is done: those of
+    tiles with ``"similarity"`` in histology (the paper's), the ``"mean"`` of all, or ``"zero"``. ``"drop"`` leaves such
+    tiles out."""
     code: Count = 64
     """Size of a gene code."""
     widths: Widths = (16, 32, 48)

@@ -30,8 +30,8 @@ class DiffST(MapDiffusionModel):
     """Diff-ST: sharpens gene maps with histology, all genes jointly.
 
     A condition is made once per map from the low-resolution map and the image, read at two levels (tissue and cells),
-    modulated by one another and split into what they share and what is each one's own. A U-Net, which also sees a graph of
-    co-expressed genes, denoises the fine map under that condition.
+    modulated by one another and split into what they share and what is each one's own. A U-Net, which also sees a graph
+    of co-expressed genes, denoises the fine map under that condition.
 
     Parameters
     ----------
@@ -44,8 +44,8 @@ class DiffST(MapDiffusionModel):
     image_channels
         Channels of the histology image: 3 for H&E, any number for stains or for an embedding map.
     px_per_bin
-        Pixels along a bin at which the image is read; by default such that they are 2.5 µm (paper: 2 µm). 1 for an image
-        that already has one pixel per bin, such as an embedding map.
+        Pixels along a bin at which the image is read; by default such that they are 2.5 µm (paper: 2 µm). 1 for an
+        image that already has one pixel per bin, such as an embedding map.
     preset
         ``"default"`` is small and fits on a CPU in minutes; ``"paper"`` follows the paper's Table 3 and wants a GPU.
     transform

@@ -62,7 +62,7 @@ class CellHierarchy(nn.Module):
         self.entropies.copy_(torch.stack([entropies.min(), entropies.median()]))
 
     def gamma(self, progress: float) -> Tensor:
-        """Entropy that a patch must exceed: from the training minimum to the median, linearly over half the training."""
+        """Entropy that a patch must exceed: from the minimum to the median, linearly over half the training."""
         low, high = self.entropies
         return low + (high - low) * min(1.0, 2 * progress)
 

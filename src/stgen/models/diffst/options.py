@@ -40,7 +40,8 @@ class DiffSTOptions(MapOptions):
     region: Count = 16
     """Side ``a`` of a modulated region, in bins."""
     reach: Index | None = 1
-    """A tissue location attends to cell patches up to this many patches away; ``None`` (the paper's) for all in the tile."""
+    """A tissue location attends to cell patches up to this many patches away; ``None`` (the paper's) for all in the
+    tile."""
     mean_widths: Widths | None = (32, 64, 96)
     """The U-Net of the mean: channels at each resolution; with ``None`` those of ``widths``."""
 

@@ -71,7 +71,8 @@ class GeneDiscriminator(nn.Module):
         n = sum(int(section.tissue.sum()) for section in data.sections) // factor**2
         if n < FEWEST_LOCATIONS:
             raise ValueError(
-                f"the graph of co-expressed genes needs at least {FEWEST_LOCATIONS} locations of {factor} x {factor} bins, "
+                f"the graph of co-expressed genes needs at least {FEWEST_LOCATIONS} locations of {factor} x {factor} "
+                f"bins, "
                 f"and the training tissue has {n}. Train on more, or construct the model with adversarial_weight=0."
             )
         pooled = []

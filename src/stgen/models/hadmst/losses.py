@@ -77,8 +77,8 @@ def alignment_loss(
 def region_pairs(similarity: Tensor, seen: Tensor, near: Tensor, share: float = PAIRS) -> tuple[Tensor, Tensor]:
     """Positive and negative pairs of regions of each sample: the top and the bottom 30 % by similarity. HaDM-ST, CMSA.
 
-    On the unit hypersphere cosine similarity and Euclidean distance rank pairs alike. Positives are sought among regions
-    that lie together, negatives among all; a positive is never a negative.
+    On the unit hypersphere cosine similarity and Euclidean distance rank pairs alike. Positives are sought among
+    regions that lie together, negatives among all; a positive is never a negative.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def euclidean_loss(z_h: Tensor, z_y: Tensor, positive: Tensor, negative: Tensor)
 
 
 def info_nce_loss(similarity: Tensor, seen: Tensor, tau: float = TAU) -> Tensor:
-    """``-log softmax_k(s_jk / tau)`` at ``k = j``, and with both modalities exchanged; the mean of both. HaDM-ST, ``L_InfoNCE``.
+    """``-log softmax_k(s_jk / tau)`` at ``k = j``, the mean with both modalities exchanged. HaDM-ST, ``L_InfoNCE``.
 
     A region's positive is the same region in the other modality, its negatives are the sample's other regions.
     """

@@ -56,9 +56,9 @@ class Features(NamedTuple):
 class HaDMST(MapDiffusionModel):
     """HaDM-ST: sharpens gene maps with histology, its nuclei and a prompt, with or without a low-resolution map.
 
-    A transformer distils from image, nuclei and prompt what they say about expression; contrastive losses align it, region
-    by region, with the low-resolution map; a U-Net denoises all genes jointly under both; and a discriminator, which knows
-    the graph of co-expressed genes, judges each gene's map in training.
+    A transformer distils from image, nuclei and prompt what they say about expression; contrastive losses align it,
+    region by region, with the low-resolution map; a U-Net denoises all genes jointly under both; and a discriminator,
+    which knows the graph of co-expressed genes, judges each gene's map in training.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ class HaDMST(MapDiffusionModel):
     px_per_bin
         Pixels along a bin at which image and nuclei are read; by default such that they are 2.5 µm.
     preset
-        ``"default"`` is small and fits on a CPU in minutes; ``"paper"`` is of the size of comparable published models and
-        wants a GPU.
+        ``"default"`` is small and fits on a CPU in minutes; ``"paper"`` is of the size of comparable published models
+        and wants a GPU.
     transform
         Scale of expression, see :func:`stgen.transforms.transform_counts`.
     **options
@@ -82,7 +82,8 @@ class HaDMST(MapDiffusionModel):
 
     Notes
     -----
-    No code and no full text of HaDM-ST are public; what its poster leaves open is decided here, see the page on the method.
+    No code and no full text of HaDM-ST are public; what its poster leaves open is decided here, see the page on the
+    method.
 
     Examples
     --------
@@ -186,7 +187,8 @@ class HaDMST(MapDiffusionModel):
         least = max(self.options.region * bool(self.alignment), FEWEST_BINS * bool(self.discriminator))
         if train.tile < least:
             raise ValueError(
-                f"training tiles of {train.tile} bins are too small: this model needs {least}, for the regions that it aligns or "
+                f"training tiles of {train.tile} bins are too small: this model needs {least}, for the regions that "
+                f"it aligns or "
                 f"for the discriminator. Pass a larger tile=, or construct the model with a smaller `region`."
             )
 
@@ -288,7 +290,7 @@ class HaDMST(MapDiffusionModel):
         return cond
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """The conditional denoising U-Net over all genes jointly, into which semantic features are let at their resolution.
+        """The conditional denoising U-Net over all genes jointly, which semantic features enter at their resolution.
 
         Parameters
         ----------

@@ -17,8 +17,8 @@ MOST_VALUES = 2**20  # of one channel that the network over each gene works on a
 class GeneHead(nn.Module):
     """Goes over each gene's map by itself, 2 x 2 bins at a time, with a small network that all genes share.
 
-    The U-Net has fewer channels than there are genes and cannot pass on the noise in each gene's map, nor see that counts
-    are whole numbers.
+    The U-Net has fewer channels than there are genes and cannot pass on the noise in each gene's map, nor see that
+    counts are whole numbers.
 
     Parameters
     ----------
@@ -59,8 +59,8 @@ class GeneHead(nn.Module):
 class SemanticTransformer(nn.Module):
     """What an image, its nuclei and a prompt say about expression, token by token. HaDM-ST, HSD.
 
-    Tokens attend to the others of their window and to the prompt. Every second layer's windows lie half a window further,
-    so that what tokens know spreads. Where a token is, a depthwise convolution tells it.
+    Tokens attend to the others of their window and to the prompt. Every second layer's windows lie half a window
+    further, so that what tokens know spreads. Where a token is, a depthwise convolution tells it.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class SemanticTransformer(nn.Module):
         self.predict = nn.Conv2d(width, n_genes, 1)
 
     def forward(self, f: Tensor, text: Tensor | None) -> Tensor:
-        """``f`` is ``(B, inputs, H, W)``, ``text`` ``(B, text_dim)``; the result ``(B, width, H / token, W / token)``."""
+        """From ``(B, inputs, H, W)`` and text ``(B, text_dim)`` to ``(B, width, H / token, W / token)``."""
         x = self.enter(f)
         told = None if self.text is None else self.text(text)
         for layer in self.layers:
@@ -169,7 +169,7 @@ class Alignment(nn.Module):
         self.of_h, self.of_y = nn.Linear(width, EMBEDDING), nn.Linear(width, EMBEDDING)
 
     def forward(self, f_h: Tensor, f_y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``z_h`` and ``z_y``, each ``(B, rows, columns, 128)``, and where something was measured, ``(B, rows, columns)``."""
+        """``z_h`` and ``z_y``, ``(B, rows, columns, 128)``, and what was measured, ``(B, rows, columns)``."""
         z_h, z_y = (
             F.normalize(project(F.avg_pool2d(f, self.region).movedim(1, -1)), dim=-1)
             for project, f in ((self.of_h, f_h), (self.of_y, f_y))

@@ -29,16 +29,16 @@ class HaDMSTOptions(MapOptions):
     segmentation: bool = True
     """Look at a mask of nuclei besides the image: ``labels_key`` of :func:`stgen.tl.fit`."""
     text_encoder: Text = "none"
-    """What makes a vector of a prompt: ``"hashed"`` needs no download and only tells prompts apart; or the folder or Hugging
-    Face Hub id of a BERT-type encoder, such as ``"bert-base-uncased"``; or ``"none"``, for no prompt (the paper's preset
-    has ``"hashed"``): a prompt says nothing unless sections have different ones."""
+    """What makes a vector of a prompt: ``"hashed"`` needs no download and only tells prompts apart; or the folder or
+    Hugging Face Hub id of a BERT-type encoder, such as ``"bert-base-uncased"``; or ``"none"``, for no prompt (the
+    paper's preset has ``"hashed"``): a prompt says nothing unless sections have different ones."""
     text_dim: Count | None = None
     """Size of that vector; by default 256 for ``"hashed"``, else BERT's 768."""
     semantic_weight: Weight = 0.1
     """Weight of the distillation loss."""
     alignment_weight: Weight = 0.0
-    """Weight of the alignment of both modalities (CMSA); 0 leaves it out, because it did not help on real tissue (0.05 in
-    the paper's preset)."""
+    """Weight of the alignment of both modalities (CMSA); 0 leaves it out, because it did not help on real tissue (0.05
+    in the paper's preset)."""
     euclidean_weight: Weight = 0.1
     """``lambda_1`` of the alignment loss."""
     info_nce_weight: Weight = 1.0
@@ -91,8 +91,8 @@ PRESETS = {
     "paper": Preset(  # the poster states no numbers: see the methods page
         options=HaDMSTOptions(
             scale="quantile", residual=False, prediction="epsilon", width=64, semantic_width=128, token=8, window=None,
-            layers=4, region=16, widths=(128, 256, 384, 512), mean_widths=None, gene_width=0, blocks=2, attention=(2, 3),
-            text_encoder="hashed", alignment_weight=0.05,
+            layers=4, region=16, widths=(128, 256, 384, 512), mean_widths=None, gene_width=0, blocks=2,
+            attention=(2, 3), text_encoder="hashed", alignment_weight=0.05,
         ),
         training={
             "steps": 100_000, "batch_size": 8, "lr": 1e-4, "weight_decay": 1e-4, "ema_decay": 0.9999, "patience": None,

@@ -25,11 +25,11 @@ class StemOptions(Options):
     transform: Transform = "log1p_norm"
     """Scale of expression, see :func:`stgen.transforms.transform_counts`."""
     standardize: bool = True
-    """Diffuse per-gene standardized values (of the residual, with a probe), given a standardized embedding. The paper takes
-    log counts and embeddings as they are."""
+    """Diffuse per-gene standardized values (of the residual, with a probe), given a standardized embedding. The paper
+    takes log counts and embeddings as they are."""
     mean: Literal["probe", "none"] = "probe"
-    """``"probe"``: diffuse the residual of a :class:`stgen.models.LinearProbe` that is fitted first, by cross-fitting, so
-    that residuals are those of unseen tissue. ``"none"``: diffuse expression itself."""
+    """``"probe"``: diffuse the residual of a :class:`stgen.models.LinearProbe` that is fitted first, by cross-fitting,
+    so that residuals are those of unseen tissue. ``"none"``: diffuse expression itself."""
     width: Count = 64
     """Size of a token."""
     depth: Count = 2
