@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter
 
 import stgen.features
-from stgen.features import FEATURE_UM, bin_features
+from stgen.features import FEATURE_UM, bin_features, pixel_quantities
 
 N, PX, BIN_UM = 48, 4, 8.0
 PER_SCALE = 21  # of brightfield, with nuclei
@@ -188,3 +189,11 @@ def test_nothing_is_shown_unless_asked_for(image, capfd):
     assert capfd.readouterr() == ("", "")
     features(image[:, : 8 * PX, : 8 * PX], progress=True)
     assert "histology" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_refused(value):
+    image = torch.full((3, 8, 8), 0.5)
+    image[1, 2, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        pixel_quantities(image, 1.0)

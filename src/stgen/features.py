@@ -94,8 +94,17 @@ def pixel_quantities(image: Tensor, mpp: float) -> dict[str, Tensor]:
     ``(k, y, x)`` each: ``"color"`` (optical densities for brightfield) and ``"square"`` of it; ``"structure"``, the structure
     tensor's three parts of each stain (or channel) at each of two scales; and ``"nuclei"`` for brightfield: dark blobs as
     large as nuclei, their area and their stain.
+
+    Raises
+    ------
+    ValueError
+        If a value is NaN or infinite.
     """
     image = image.float()
+    if not torch.isfinite(image).all():
+        raise ValueError(
+            "The image has NaN or infinite values: fill what is outside it, with 1 (glass) in transmitted light."
+        )
     brightfield = len(image) == 3
     color = -torch.log(image.clamp(1 / 255, 1)) if brightfield else image
     planes = color

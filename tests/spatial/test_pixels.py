@@ -4,7 +4,7 @@ import dask.array as da
 import numpy as np
 import pytest
 from scipy import ndimage
-from spatialdata import SpatialData
+from spatialdata import SpatialData, bounding_box_query
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale
 from xarray import DataArray
@@ -51,7 +51,7 @@ def test_8_bit_values_in_any_type(dtype):
     values = judged(PLAIN.astype(dtype))
     assert values.full_scale == 255
     assert values.record() == {"image_full_scale": 255.0}
-    assert not values.doubts
+    assert not histology(PLAIN.astype(dtype)).doubts
     np.testing.assert_allclose(read(PLAIN.astype(dtype)), PLAIN / 255, atol=1e-6)
 
 
@@ -119,9 +119,17 @@ def test_few_windows_of_a_large_image_are_read():
 
 
 def test_a_dark_image_in_transmitted_light_is_doubted():
-    doubt = judged(np.full((3, 8, 8), 300, np.uint16)).doubts[0]
+    doubt = histology(np.full((3, 8, 8), 300, np.uint16)).doubts[0]
     assert "'he' is dark" in doubt
     assert "sdata.attrs[\"image_full_scale\"] = {'he': <value>}" in doubt
+
+
+def test_a_dark_8_bit_image_is_doubted():
+    assert not histology(PLAIN).doubts
+    filled = np.zeros((3, 64, 240), np.uint8)
+    filled[:, :, :80] = PLAIN
+    assert "must be NaN or white" in histology(filled).doubts[0]
+    assert "'he' is dark" in histology(np.zeros((3, 8, 8), np.uint8)).doubts[0]
 
 
 @pytest.mark.parametrize(("top", "doubted"), [(200, True), (4095, True), (30_000, False)])
@@ -129,9 +137,10 @@ def test_stains_are_shares_of_what_the_type_holds(top, doubted):
     stain = np.random.default_rng(0).integers(0, top + 1, (2, 40, 40)).astype(np.uint16)
     values = judged(stain, ["DAPI", "CD45"])
     assert values.full_scale == 65535
-    assert bool(values.doubts) is doubted
+    assert bool(histology(stain, ["DAPI", "CD45"]).doubts) is doubted
     np.testing.assert_allclose(read(stain, ["DAPI", "CD45"]), stain / 65535, atol=1e-6)
     assert judged(stain, ["DAPI", "CD45"], full_scale=top).full_scale == top
+    assert not histology(stain, ["DAPI", "CD45"], full_scale=top).doubts
 
 
 def test_the_user_can_state_the_full_scale(tmp_path):
@@ -161,6 +170,50 @@ def test_negative_values_are_no_light():
     with pytest.raises(ValueError, match="'he' has negative values"):
         read(PLAIN.astype(np.int16) - 200)
     assert np.isfinite(read(normalized[:2])).all()  # of stains a background may have been subtracted
+
+
+# -- pyramids ----------------------------------------------------------------------------------------------------------
+def test_levels_that_do_not_show_the_whole_image_are_left_out():
+    fine = np.tile(PLAIN, (1, 4, 4))
+    halves = level(fine[:, ::2, ::2], "rgb")
+    kept = Histology([level(fine, "rgb"), halves, level(fine[:, ::7, ::7], "rgb")], mpp=1.0)
+    assert len(kept.levels) == 3
+    assert not kept.doubts
+    cropped = Histology([level(fine[:, :100], "rgb"), halves], mpp=1.0, name="he")
+    assert len(cropped.levels) == 1
+    assert "'he' has 1 coarser level(s) that do not show the same area" in cropped.doubts[0]
+    label = Histology(
+        [level(fine, "rgb"), level(PLAIN[:, :, :20], "rgb")], mpp=1.0
+    )  # as some slide files have beside the picture
+    assert len(label.levels) == 1
+
+
+def test_levels_that_contradict_their_transformations_are_left_out():
+    image = Image2DModel.parse(np.tile(PLAIN, (1, 4, 4)), dims=("c", "y", "x"), scale_factors=[2, 2])
+    levels = [next(iter(part.data_vars.values())) for part in image.children.values()]
+    assert len(Histology(levels, mpp=1.0).levels) == 3
+    assert (
+        len(Histology([levels[0][:, :128, :160], *levels[1:]], mpp=1.0).levels) == 1
+    )  # the shapes agree, the scales do not
+
+
+def test_a_pyramid_that_was_cropped_as_a_whole_keeps_its_levels():
+    image = Image2DModel.parse(np.tile(PLAIN, (1, 8, 8)), dims=("c", "y", "x"), scale_factors=[2, 2, 2])
+    sdata = SpatialData(images={"he": image})
+    part = bounding_box_query(sdata, ("x", "y"), [33.3, 57.1], [301.0, 400.4], "global")
+    histology = histology_of(part, "he", mpp=1.0)
+    assert len(histology.levels) == 4
+    assert not histology.doubts
+
+
+def test_an_image_that_was_cropped_by_indexing_is_refused():
+    image = Image2DModel.parse(
+        np.tile(PLAIN, (1, 4, 4)), dims=("c", "y", "x"), transformations={"um": Scale([1, 1], ("x", "y"))}
+    )
+    for part in (image.isel(x=slice(60, 200)), image[:, 5:], image[:, ::2, ::2]):
+        with pytest.raises(ValueError, match="was cropped or thinned out by indexing"):
+            stgen.pp.tile_grid(SpatialData(images={"he": part}))
+    stgen.pp.tile_grid(SpatialData(images={"he": image[:, :200]}), spacing_um=20)  # its corner is where it was
 
 
 # -- opacity -----------------------------------------------------------------------------------------------------------
@@ -235,8 +288,8 @@ def test_stains_are_not_taken_for_opacity():
     assert judged(stains, ["DAPI", "CD45", "CD3", "A"]).alpha == 3
     stains[3] = 255 * (rng.random((64, 80)) < 0.2)  # bright spots, with background of other stains between them
     assert judged(stains).alpha is None
-    assert "read as a stain" in judged(stains).doubts[0]
-    assert judged(stains, ["DAPI", "CD45", "CD3", "CD8"]).doubts == ()
+    assert "read as a stain" in histology(stains).doubts[0]
+    assert histology(stains, ["DAPI", "CD45", "CD3", "CD8"]).doubts == ()
 
 
 def test_gray_with_opacity_is_one_channel():

@@ -17,7 +17,16 @@ from xarray import DataArray
 
 from stgen._checks import check_positive, listed, only_key
 from stgen._spatial.coordinates import choose_system, systems_of
-from stgen._spatial.image import Histology, affine_to, element_of, histology_of, image_levels, image_of, is_micrometers
+from stgen._spatial.image import (
+    Histology,
+    affine_to,
+    check_not_indexed,
+    element_of,
+    histology_of,
+    image_levels,
+    image_of,
+    is_micrometers,
+)
 from stgen._spatial.kinds import check_gene_map
 from stgen._spatial.platforms import spot_pitch
 from stgen._spatial.section import Locations, annotated_region, centroids, locate, shared_system
@@ -290,6 +299,7 @@ def get_map(sdata: SpatialData, map_key: str, genes: Sequence[str] | None = None
             "Make one with stgen.pp.rasterize."
         )
     check_gene_map(element, map_key)
+    check_not_indexed(element)
     element = element.transpose("c", "y", "x")
     names = [str(name) for name in element.coords["c"].values] if "c" in element.coords else []
     if len(set(names)) < element.sizes["c"]:

@@ -16,11 +16,12 @@ from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
 from stgen._spatial.kinds import check_histology
-from stgen._spatial.pixels import PixelValues, check_pixel_type, judge_pixels
+from stgen._spatial.pixels import PixelValues, check_pixel_type, doubts_about, judge_pixels
 
 __all__ = [
     "Histology",
     "affine_to",
+    "check_not_indexed",
     "element_of",
     "histology_of",
     "image_levels",
@@ -121,12 +122,13 @@ class Histology:
             raise ValueError(f"µm per pixel must be a positive number, found {mpp!r}; pass mpp=<µm per pixel>.")
         levels = [_to_cyx(level) for level in levels]
         self.mpp = float(mpp)
-        self.levels = levels
         finest = levels[0]
         self.height, self.width = int(finest.sizes["y"]), int(finest.sizes["x"])
         if min(self.height, self.width) == 0:
             raise ValueError(f"The image is empty: its shape (c, y, x) is {finest.shape}.")
-        self._ratio = [(self.height / level.sizes["y"], self.width / level.sizes["x"]) for level in levels]
+        self.levels = [finest, *(level for level in levels[1:] if _fits(level, finest))]
+        self._misfits = _misfits(name, len(levels) - len(self.levels))
+        self._ratio = [(self.height / level.sizes["y"], self.width / level.sizes["x"]) for level in self.levels]
         self.scales = [float(np.sqrt(ry * rx)) for ry, rx in self._ratio]
         check_pixel_type(finest.dtype)
         self.name, self._stated, self._channel = name, full_scale, channel
@@ -151,9 +153,14 @@ class Histology:
         """One of the channels, as the intensity of a stain."""
         return Histology(self.levels, mpp=self.mpp, name=self.name, full_scale=self._stated, channel=channel)
 
+    @cached_property
+    def doubts(self) -> tuple[str, ...]:
+        """What is to be said of the image before a result is believed, one message each."""
+        return (*self._misfits, *doubts_about(self.levels, self.values, self.name))
+
     def record(self) -> dict[str, Any]:
         """What was decided about the values, for the record of a result; doubts are logged as warnings."""
-        for doubt in self.values.doubts:
+        for doubt in self.doubts:
             logger.warning(doubt)
         return self.values.record()
 
@@ -317,10 +324,71 @@ class Histology:
 
 
 def image_levels(element: DataArray | DataTree) -> list[DataArray]:
-    """Levels of a single- or multi-scale image element, finest first."""
+    """Levels of a single- or multi-scale image or labels element, finest first.
+
+    Raises
+    ------
+    ValueError
+        If it was cropped by indexing.
+    """
     if isinstance(element, DataArray):
-        return [element]
-    return [next(iter(level.data_vars.values())) for level in element.children.values()]
+        levels = [element]
+    else:
+        levels = [next(iter(level.data_vars.values())) for level in element.children.values()]
+    check_not_indexed(levels[0])
+    return levels
+
+
+def check_not_indexed(image: DataArray) -> None:
+    """Refuse pixels that xarray picked from a larger image: transformations do not know of it, and place them elsewhere."""
+    for axis in ("x", "y"):
+        if axis not in image.coords or not image.sizes[axis]:
+            continue
+        at, n = np.asarray(image.coords[axis].values), image.sizes[axis]
+        if at.dtype.kind not in "uif":
+            continue
+        step = (at[-1] - at[0]) / (n - 1) if n > 1 else 1.0
+        if abs(at[0] - 0.25) > 0.26 or abs(step - 1) * n > 0.5:
+            raise ValueError(
+                f"An image was cropped or thinned out by indexing: its {n} pixels along {axis} say that they lie at {at[0]:g} to "
+                f"{at[-1]:g}, which its transformations do not know of. Crop it with spatialdata.bounding_box_query, or make "
+                "it new with its own transformations: Image2DModel.parse(image.values, transformations=...)."
+            )
+
+
+def _fits(level: DataArray, finest: DataArray) -> bool:
+    """Whether a coarse level shows the same area: by its shape, and by its own transformations, where it has some."""
+    n_y, n_x = level.sizes["y"], level.sizes["x"]
+    if min(n_y, n_x) == 0 or level.sizes["c"] != finest.sizes["c"]:
+        return False
+    ratio = np.array([finest.sizes["x"] / n_x, finest.sizes["y"] / n_y])
+    rounding = 2 / n_x + 2 / n_y  # sizes are rounded, of a small level by much
+    if abs(np.log(ratio[0] / ratio[1])) > rounding:
+        return False
+    own, whole = (
+        get_transformation(part, get_all=True) if "transform" in part.attrs else {} for part in (level, finest)
+    )
+    system = next((name for name in own if name in whole), None)
+    if system is None:
+        return True
+    to_system = [t[system].to_affine_matrix(("x", "y"), ("x", "y")) for t in (own, whole)]
+    to_finest = np.linalg.solve(to_system[1], to_system[0])
+    moved = np.abs(to_finest @ [n_x / 2, n_y / 2, 1] - [finest.sizes["x"] / 2, finest.sizes["y"] / 2, 1])[:2] / ratio
+    return bool(
+        (moved < 2 + 0.02 * np.array([n_x, n_y])).all()
+        and np.allclose(np.diag(to_finest)[:2], ratio, rtol=rounding + 0.02)
+    )
+
+
+def _misfits(name: str | None, number: int) -> tuple[str, ...]:
+    """What is said of levels that were left out."""
+    if not number:
+        return ()
+    image = "The image" if name is None else f"The image {name!r}"
+    return (
+        f"{image} has {number} coarser level(s) that do not show the same area as the finest, and are not read: it was cropped, or "
+        "they are other pictures. Make it new from the finest: Image2DModel.parse(..., scale_factors=[2, 2]).",
+    )
 
 
 def _to_cyx(level: DataArray) -> DataArray:

@@ -13,7 +13,7 @@ from xarray import DataArray
 
 from stgen._checks import listed
 
-__all__ = ["PixelValues", "check_pixel_type", "judge_pixels"]
+__all__ = ["PixelValues", "check_pixel_type", "doubts_about", "judge_pixels"]
 
 # Steps of full scales, the values of white: cameras have 8 to 16 bits, stitched or summed images more.
 _WHITE = tuple(2.0**bits - 1 for bits in range(8, 33, 2))
@@ -22,8 +22,9 @@ _BRIGHTEST = tuple(2.0**bits - 1 for bits in (8, 16, 24, 32))
 _OVERSHOOT = 1.05  # by which interpolation may exceed full scale
 _FLOATS_TO_ONE = 2.0  # what is at most this bright is a share of 1
 _DARK = 0.4  # of full scale: glass is brighter
+_HALF_DARK = 0.2  # of full scale: most of a slide is brighter
 _DIM = 1 / 16  # of what the container holds: the camera may have had fewer bits
-_NEGATIVE = -0.02  # of full scale, as far as interpolation goes
+_UNDERSHOOT = 0.1  # of what is brightest, as far as interpolation goes below zero
 
 _WHOLE_PX = 2**22  # levels up to this size are looked at as a whole
 _SAMPLE_PX = 2**20
@@ -42,7 +43,9 @@ class PixelValues:
     full_scale: float
     """The value that stands for 1."""
     decided: bool = False
-    """Whether the full scale follows from the content, not from the type."""
+    """Whether the full scale follows from the content or is stated, not from the type."""
+    stated: bool = False
+    """Whether the user says it."""
     cut: bool = False
     """Whether values beyond the full scale can occur and are cut."""
     alpha: int | None = None
@@ -51,8 +54,6 @@ class PixelValues:
     """The value of full opacity."""
     premultiplied: bool = False
     """Whether colors have been multiplied by opacity."""
-    doubts: tuple[str, ...] = ()
-    """What the evidence leaves open, one message each."""
 
     @property
     def transmitted(self) -> bool:
@@ -159,91 +160,102 @@ def judge_pixels(
         )
     dtype = levels[0].dtype
     names = [str(label) for label in levels[0].coords["c"].values]
-    alpha = _named_alpha(names)
-    unnamed = alpha is None and len(names) in (2, 4) and all(label.isdigit() for label in names)
-    fixed = {"uint8": 255.0, "bool": 1.0}.get(dtype.name)
-    doubts: list[str] = []
-    if alpha is None and not unnamed and (fixed or full_scale) and not np.issubdtype(dtype, np.floating):
-        sample = None
-    else:
+    alpha, unnamed = _named_alpha(names), _unnamed(names)
+    fixed = full_scale or {"uint8": 255.0, "bool": 1.0}.get(dtype.name)
+    sample = None
+    if not fixed or alpha is not None or unnamed or np.issubdtype(dtype, np.floating):
         sample = _sample(levels, image, alpha)
-        if unnamed:
-            alpha = len(names) - 1 if _is_mask(sample[-1], sample[:-1]) else None
-            if alpha is None and _may_be_mask(sample[-1]):
-                doubts.append(
-                    f"{image} has {len(names)} channels without names, and the last looks partly like opacity; it is read as "
-                    'a stain. Name the channels: c_coords=["r", "g", "b", "a"] if it is opacity.'
-                )
+        if unnamed and _is_mask(sample[-1], sample[:-1]):
+            alpha = len(names) - 1
     colors = _color_order(names, alpha)
-    if channel is not None:
-        colors = (colors[channel],)
-    values = PixelValues(image, colors, float(full_scale or fixed or 0), decided=full_scale is not None)
+    values = PixelValues(image, colors if channel is None else (colors[channel],), float(fixed or 0))
+    values = replace(values, decided=full_scale is not None or not fixed, stated=full_scale is not None)
     if sample is None:
-        return replace(values, cut=full_scale is not None and values.transmitted)
+        return replace(values, cut=values.stated and values.transmitted)
     if alpha is not None:
         values = replace(values, alpha=alpha, alpha_scale=_first_at_least(sample[alpha].max(), (1.0, *_WHITE)))
-        opaque = sample[alpha] >= 0.99 * values.alpha_scale
-        of_colors = sample[:, opaque if opaque.any() else sample[alpha] > 0][list(colors)]
-    else:
-        of_colors = sample[list(colors)]
-    of_colors = _known(of_colors, image, [names[i] for i in colors])
-    if not values.full_scale:
-        values, doubt = _scaled_by_content(values, of_colors, dtype, name)
-        doubts += doubt
+    seen = _seen(sample, values, names)
+    if not fixed:
+        values = replace(values, full_scale=_full_scale(seen, dtype, values.transmitted))
+    _check_not_negative(values, seen)
     if alpha is not None:
-        share = (values.alpha_scale, values.full_scale)
-        values = replace(
-            values, premultiplied=_is_premultiplied(sample[alpha] / share[0], sample[list(colors)] / share[1])
+        opacity, light = sample[alpha] / values.alpha_scale, sample[list(values.colors)] / values.full_scale
+        values = replace(values, premultiplied=_is_premultiplied(opacity, light))
+    return replace(values, cut=values.transmitted and (values.stated or dtype.name not in ("uint8", "bool")))
+
+
+def doubts_about(levels: Sequence[DataArray], values: PixelValues, name: str | None = None) -> tuple[str, ...]:
+    """What the content of an image leaves open about its values, one message each, with what mends it."""
+    dtype, names = levels[0].dtype, [str(label) for label in levels[0].coords["c"].values]
+    sample = _sample(levels, values.image, values.alpha)
+    doubts = []
+    if values.alpha is None and _unnamed(names) and _may_be_mask(sample[-1]):
+        doubts.append(
+            f"{values.image} has {len(names)} channels without names, and the last looks partly like opacity; it is read as "
+            'a stain. Name the channels: c_coords=["r", "g", "b", "a"] if it is opacity.'
         )
-    _check_not_negative(values, of_colors)
-    cut = values.transmitted and (fixed is None or full_scale is not None)
-    return replace(values, cut=cut, doubts=tuple(doubts))
+    if values.stated:
+        return tuple(doubts)
+    seen = _seen(sample, values, names)
+    top, half = _top(seen, values.transmitted), float(np.median(seen.max(0)))
+    full = f"{values.full_scale:.10g}"
+    where = "" if name is None else f'sdata.attrs["image_full_scale"] = {{{name!r}: <value>}}, or '
+    state = f"state the value of full scale: {where}divide the image by it, to floats in [0, 1]"
+    if values.transmitted and (top < _DARK * values.full_scale or half < _HALF_DARK * values.full_scale):
+        doubts.append(
+            f"{values.image} is dark for one in transmitted light, as which three channels are read: half of its {dtype} "
+            f"values are below {half:.4g} and few above {top:.4g}, and {full} is taken for white. If that is wrong, {state}. "
+            "What fills the place around a registered image must be NaN or white, and stains that glow are read one by one: "
+            "image.sel(c=[...]) of one, two or more than three."
+        )
+    elif not values.transmitted and values.full_scale > 1 and top <= _DIM * values.full_scale and dtype != np.uint8:
+        doubts.append(
+            f"{values.image} has {dtype} values up to {top:.4g}, and is read as a share of {full}: it may be dark, or of a "
+            f"camera of fewer bits. If so, {state}."
+        )
+    return tuple(doubts)
 
 
-def _known(sample: np.ndarray, image: str, names: Sequence[str]) -> np.ndarray:
-    """Pixels ``(k, n)`` that show something; an error if a channel never does."""
+def _seen(sample: np.ndarray, values: PixelValues, names: Sequence[str]) -> np.ndarray:
+    """Colors ``(k, n)`` of the pixels of a sample that show something, opaque ones if there are any.
+
+    Raises
+    ------
+    ValueError
+        If a color, or all, never does.
+    """
+    if values.alpha is not None:
+        opaque = sample[values.alpha] >= 0.99 * values.alpha_scale
+        sample = sample[:, opaque if opaque.any() else sample[values.alpha] > 0]
+    sample = sample[list(values.colors)]
     missing = np.isnan(sample)
-    empty = [name for name, never in zip(names, missing.all(1), strict=True) if never]
-    if empty and len(empty) < len(names):
+    empty = [names[i] for i, never in zip(values.colors, missing.all(1), strict=True) if never]
+    if empty and len(empty) < len(sample):
         raise ValueError(
-            f"{image} is NaN everywhere in {len(empty)} of its {len(names)} channels: {listed(empty)}. Leave them out, or look "
-            "where their values were lost."
+            f"{values.image} is NaN everywhere in {len(empty)} of its {len(sample)} channels: {listed(empty)}. Leave them out, "
+            "or look where their values were lost."
         )
-    known = sample[:, ~(missing.any(0) if len(names) == 3 else missing.all(0))]
-    if not known.shape[1]:
-        raise ValueError(_nothing(image))
-    return known
+    seen = sample[:, ~(missing.any(0) if values.transmitted else missing.all(0))]
+    if not seen.shape[1]:
+        raise ValueError(_nothing(values.image))
+    return np.nan_to_num(seen)
 
 
 # -- full scale --------------------------------------------------------------------------------------------------------
-def _scaled_by_content(
-    values: PixelValues, sample: np.ndarray, dtype: np.dtype, name: str | None
-) -> tuple[PixelValues, list[str]]:
-    """The full scale that the values show, and doubts about it."""
-    floating = bool(np.issubdtype(dtype, np.floating))
-    bright = sample[sample > 0]  # NaN is not
-    # hot pixels are few; so may be the brightest cells of a stain
-    top = float(np.quantile(bright, 0.999 if values.transmitted else 0.9999)) if bright.size else 0.0
-    if floating and top <= _FLOATS_TO_ONE:
-        full = 1.0
-    elif not values.transmitted and dtype == np.uint16:
-        full = 65535.0
-    else:
-        full = _first_at_least(top / _OVERSHOOT, _WHITE if values.transmitted else _BRIGHTEST)
-    where = "" if name is None else f'sdata.attrs["image_full_scale"] = {{{name!r}: <value>}}, or '
-    mend = f"If that is wrong, state the value of full scale: {where}divide the image by it, to floats in [0, 1]."
-    doubts = []
-    if values.transmitted and top < _DARK * full:
-        doubts.append(
-            f"{values.image} is dark for one in transmitted light, which is bright on glass: its {dtype} values reach "
-            f"{top:.4g}, and {full:.10g} is taken for white. {mend}"
-        )
-    elif not values.transmitted and full > 1 and top <= _DIM * full:
-        doubts.append(
-            f"{values.image} has {dtype} values up to {top:.4g}, and is read as a share of {full:.10g}: it may be dark, or of a "
-            f"camera of fewer bits. {mend}"
-        )
-    return replace(values, full_scale=full, decided=True), doubts
+def _top(seen: np.ndarray, transmitted: bool) -> float:
+    """How bright the brightest parts are: hot pixels are few, and so may be the brightest cells of a stain."""
+    bright = seen[seen > 0]
+    return float(np.quantile(bright, 0.999 if transmitted else 0.9999)) if bright.size else 0.0
+
+
+def _full_scale(seen: np.ndarray, dtype: np.dtype, transmitted: bool) -> float:
+    """The full scale that the values show."""
+    top = _top(seen, transmitted)
+    if np.issubdtype(dtype, np.floating) and top <= _FLOATS_TO_ONE:
+        return 1.0
+    if dtype == np.uint16 and not transmitted:
+        return 65535.0
+    return _first_at_least(top / _OVERSHOOT, _WHITE if transmitted else _BRIGHTEST)
 
 
 def _first_at_least(top: float, steps: Sequence[float]) -> float:
@@ -251,13 +263,13 @@ def _first_at_least(top: float, steps: Sequence[float]) -> float:
     return next((step for step in steps if top <= step), 2.0 ** math.ceil(math.log2(max(top, 1.0))))
 
 
-def _check_not_negative(values: PixelValues, sample: np.ndarray) -> None:
+def _check_not_negative(values: PixelValues, seen: np.ndarray) -> None:
     """Refuse images in transmitted light with more negative values than interpolation makes."""
-    known = sample[np.isfinite(sample)]
-    low = float(np.quantile(known, 0.001)) if values.transmitted and known.size and known.min() < 0 else 0.0
-    if low < _NEGATIVE * values.full_scale:
+    if not values.transmitted or seen.min() >= 0:
+        return
+    if float(np.quantile(seen, 0.001)) < -_UNDERSHOOT * _top(seen, transmitted=True):
         raise ValueError(
-            f"{values.image} has negative values (down to {known.min():.4g}): three channels are light that came through "
+            f"{values.image} has negative values (down to {seen.min():.4g}): three channels are light that came through "
             "the tissue, from 0 (none) to full scale. Undo a normalization, or set what is outside the image to NaN."
         )
 
@@ -271,6 +283,11 @@ def _named_alpha(names: Sequence[str]) -> int | None:
     if sorted(names) == ["a", "b", "g", "r"]:
         return names.index("a")
     return len(names) - 1 if names[-1] == "a" and len(names) in (2, 4) else None
+
+
+def _unnamed(names: Sequence[str]) -> bool:
+    """Whether two or four channels have numbers only."""
+    return len(names) in (2, 4) and all(name.isdigit() for name in names)
 
 
 def _color_order(names: Sequence[str], alpha: int | None) -> tuple[int, ...]:

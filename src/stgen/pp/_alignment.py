@@ -201,7 +201,7 @@ def check_section(section: Section, *, scales: Iterable[float] = ()) -> Alignmen
     if informative and on_tissue < 0.1:
         raise ValueError(f"The locations do not overlap with tissue. {found} {_MEND}")
 
-    warnings = list(image.values.doubts)
+    warnings = list(image.doubts)
     if n_outside:
         warnings.append(
             f"{n_outside} of {len(xy)} locations lie just outside the image; its edge is repeated for them."
