@@ -36,6 +36,7 @@ LAYER_1 = [
     "measurement",
     "metrics",
     "models",
+    "sampling",
     "train",
     "transforms",
     "windows",

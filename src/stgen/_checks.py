@@ -20,6 +20,7 @@ import numpy as np
 
 __all__ = [
     "check_choice",
+    "check_enough_spots",
     "check_each",
     "check_flag",
     "check_genes",
@@ -45,6 +46,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 LARGEST = 2**31 - 1
+FEWEST_SPOTS = 30
 """The largest whole number that is taken where there is no smaller limit."""
 
 LONGEST_KEY = 200
@@ -276,6 +278,15 @@ def genes_of(genes: Sequence[str] | None, known: Sequence[str], where: str) -> l
             f"{listed(known[:3])}."
         )
     return genes
+
+
+def check_enough_spots(n: int, found: str) -> None:
+    """Refuse a section of which too little was measured to learn from."""
+    if n < FEWEST_SPOTS:
+        raise ValueError(
+            f"fewer than {FEWEST_SPOTS} spots to learn from: {found}. Nothing can be learned from so little; use a model that was "
+            "fitted on other sections: stgen.tl.superresolve(..., model=...)."
+        )
 
 
 # -- types ---------------------------------------------------------------------------------------------------------------

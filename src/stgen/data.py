@@ -156,6 +156,7 @@ class ImageReader(Protocol):
     """An image on a grid of bins: ``read(y, x, height, width)`` in bins gives ``(C, s height, s width)``, with ``s`` pixels a bin."""
 
     px_per_bin: int
+    """Pixels along a bin."""
 
     @property
     def n_channels(self) -> int:

@@ -13,7 +13,7 @@ from stgen.kriging import NOISE, WIDTHS_ACROSS, Kriging, kernels_of_image
 from stgen.measurement import Footprints, Measurement
 from stgen.models.kernel_regression.applied import blocks
 from stgen.models.kernel_regression.regression import Regression, Spots, components, composition
-from stgen.models.samplers import SamplingOptions
+from stgen.sampling import SamplingOptions
 
 GENES = [f"g{i}" for i in range(12)]
 BIN_UM, PX = 20.0, 4

@@ -22,9 +22,11 @@ from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import shallow_copy
 from stgen._spatial.section import get_section
 from stgen.kriging import Places
-from stgen.tl.superresolution import one_section as _one_section
+from stgen.models.kernel_regression import inputs as _inputs
+from stgen.models.kernel_regression import model as _model
+from stgen.models.kernel_regression import sampler as _sampler
+from stgen.models.kernel_regression.regression import Regression, Spots, components, composition
 from stgen.tl.superresolution import superresolve as _superresolve
-from stgen.tl.superresolution.section_model import SectionModel, components
 from stgen.tl.superresolution.superresolve import superresolve
 
 spec = importlib.util.spec_from_file_location("tenx", Path(__file__).parents[1] / "spatial" / "tenx.py")
@@ -150,7 +152,7 @@ def test_maps_and_table_are_named_and_recorded(section, result, genes):
     entry = result.attrs["stgen"]["superresolved"]
     assert {
         "function": "tl.superresolve",
-        "model": "Kriging",
+        "model": "KernelRegression",
         "image": "he",
         "low_res": "spot_counts",
     }.items() <= entry.items()
@@ -207,7 +209,7 @@ def with_hole(section):
 
 @pytest.mark.parametrize("reach", [3.0, 1.3])
 def test_tissue_of_the_image_is_filled_as_far_as_three_pitches(monkeypatch, section, reach):
-    monkeypatch.setattr(_one_section.OneSection, "tissue_reach", reach)
+    monkeypatch.setattr(models.KernelRegression, "tissue_reach", reach)
     found = run(with_hole(section), genes=["EPCAM"])
     known, distance = np.isfinite(values_of(found)[0]), distance_to_spots(found)
     hole = np.hypot(*(np.mgrid[:N_BINS, :N_BINS] + 0.5 - np.array([32, 24])[:, None, None])) < 12.5
@@ -267,7 +269,7 @@ def test_the_result_does_not_depend_on_tiles(section, consistency):
 
 def test_the_result_does_not_depend_on_how_much_is_held_in_memory(monkeypatch, section, result):
     n_spots = section["spot_counts"].n_obs
-    monkeypatch.setattr(_one_section, "MOST_VALUES", 7 * n_spots * 5)  # five genes at a time
+    monkeypatch.setattr(_sampler, "MOST_VALUES", 7 * n_spots * 5)  # five genes at a time
     found = run(section)
     assert found.attrs["stgen"]["superresolved"]["tile"] == 16
     for suffix in ("", "_total"):
@@ -701,16 +703,20 @@ def small_model(n=45, n_genes=30, seed=0):
     counts = rng.poisson(rate * rng.uniform(2, 20, (n, 1))).astype(float)
     counts[:, 0] += 1
     area = np.full(n, 19.6)
-    return SectionModel(Places(xy, features), counts.sum(1), counts, area), counts
+    spots = Spots(Places(xy, features), counts.sum(1), area)
+    return Regression(spots, composition(counts, spots.total)), counts
 
 
 def test_a_spot_does_not_predict_itself():
     """Neither by kriging nor through the loadings of its genes on components: they are those of a fit without its count."""
     model, counts = small_model()
     found = model.genes(counts)
-    predicted, scores = found.out_of_fold([f"g{i}" for i in range(30)])
-    shared, precision = model.shared.out_of_fold, 1 / np.clip(np.median(model.total) / model.total, 0.05, 50)
-    y = np.log1p(counts / model.total[:, None] * np.median(model.total))
+    predicted, scores = found.out_of_fold()
+    shared, precision = (
+        model.shared.out_of_fold,
+        1 / np.clip(np.median(model.spots.total) / model.spots.total, 0.05, 50),
+    )
+    y = np.log1p(counts / model.spots.total[:, None] * np.median(model.spots.total))
     mean = np.average(y, axis=0, weights=precision)
     composition = np.empty_like(y)
     for i in range(len(y)):
@@ -719,10 +725,10 @@ def test_a_spot_does_not_predict_itself():
         loadings = [
             (precision * s) @ (others - mean) / (precision * s**2).sum() for s in model.scores.T
         ]  # components are orthogonal
-        composition[i] = (found.fields.out_of_fold[i] + mean + shared[i, :-1] @ np.array(loadings)) / 2
+        composition[i] = (found.direct.out_of_fold[i] + mean + shared[i, :-1] @ np.array(loadings)) / 2
     highest = np.where(y.max(0) > 0, y.max(0) + np.log(2), 0)
     density = np.exp(np.minimum(shared[:, -1], model.most))[:, None]
-    expected = np.expm1(np.clip(composition, 0, highest)) * density * 19.6 / np.median(model.total)
+    expected = np.expm1(np.clip(composition, 0, highest)) * density * 19.6 / np.median(model.spots.total)
     np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-5)
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(composition.T, y.T, strict=True)]
     np.testing.assert_allclose(scores["score"], r, rtol=1e-6, atol=1e-9)
@@ -744,12 +750,12 @@ def test_genes_that_follow_nothing_have_no_score():
     """Shares that belong to other spots: whatever correlates with what was measured has seen it."""
     model, counts = small_model(n=110, n_genes=60)
     rng = np.random.default_rng(1)
-    shares = counts / model.total[:, None]
-    nothing = np.column_stack([rng.permutation(shares[:, i % 60]) for i in range(300)]) * model.total[:, None]
-    _, var = model.genes(nothing).out_of_fold([f"n{i}" for i in range(300)])
+    shares = counts / model.spots.total[:, None]
+    nothing = np.column_stack([rng.permutation(shares[:, i % 60]) for i in range(300)]) * model.spots.total[:, None]
+    _, var = model.genes(nothing).out_of_fold()
     assert abs(var["score"].mean()) < 0.05
     assert var["trusted"].mean() < 0.05
-    assert model.genes(counts).out_of_fold([f"g{i}" for i in range(60)])[1]["score"].mean() > 0.5
+    assert model.genes(counts).out_of_fold()[1]["score"].mean() > 0.5
 
 
 def test_a_displaced_image_counts_for_nothing_and_does_no_harm(dense):
@@ -932,7 +938,7 @@ def no_work(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("work was begun")
 
-    for module, name in ((_one_section, "bin_features"), (_one_section, "SectionModel"), (_superresolve, "MapResult")):
+    for module, name in ((_inputs, "bin_features"), (_model, "Regression"), (_superresolve, "MapResult")):
         monkeypatch.setattr(module, name, refuse)
 
 
@@ -992,7 +998,7 @@ def test_more_than_fits_in_memory_is_refused_unless_it_goes_to_a_store(monkeypat
 
 
 def test_more_spots_than_fit_in_memory_are_refused(monkeypatch, no_work, section):
-    monkeypatch.setattr(_one_section, "MOST", 31)
+    monkeypatch.setattr(_inputs, "MOST", 31)
     before = state(section)
     with pytest.raises(ValueError, match="(?s)more than the 31.*pp.rasterize.*bounding_box_query"):
         run(section, copy=False)

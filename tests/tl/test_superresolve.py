@@ -18,8 +18,9 @@ from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import provenance, record, shallow_copy, write_image
 from stgen.data import MapInputs
 from stgen.diffusion import Diffusion
-from stgen.models import MapDiffusionModel, samplers
-from stgen.models.samplers import NetworkSampler, SamplingOptions
+from stgen.models import MapDiffusionModel
+from stgen.models._map_sampler import NetworkSampler
+from stgen.sampling import SamplingOptions
 from stgen.tl.superresolution.superresolve import superresolve
 
 GENES = ["EPCAM", "COL1A1", "ACTB"]

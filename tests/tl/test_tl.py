@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from stgen import datasets, metrics, models, pp, tl
 from stgen._spatial.tables import spatial_blocks
-from stgen.tl.prediction.target import Target
+from stgen.tl.prediction.target import Prediction, Target
 from stgen.transforms import transform_counts
 
 QUIET = {"progress": False}
@@ -246,16 +246,7 @@ def test_a_prediction_is_never_taken_for_a_measurement(section, probe, stem):
         samples = np.ones((len(colored), 1, len(model.genes)), np.float32) * len(key)
         assert target.user_table is None
         entry = {"function": "tl.predict_expression", "transform": "log1p_norm", "unit": "u", "model": "m"}
-        target.write(
-            samples,
-            samples[:, 0],
-            model.genes,
-            entry,
-            as_layers=False,
-            embedding_key="X_colors",
-            keep_samples=False,
-            fold=None,
-        )
+        target.write(Prediction(samples[:, 0], embedding_key="X_colors"), model.genes, entry, as_layers=False)
     assert set(slide.tables) == {"first", "second"}
     again = Target.find(slide, table_key=None, shapes_key=None, key_added="third")
     assert again.user_table is None

@@ -236,6 +236,8 @@ class ImageWindow:
         self._image = image
         self._matrix = matrix
         scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+        self.finest_px_per_bin = float(scale)
+        """Pixels along a bin that the image itself has."""
         self._step = scale / px_per_bin  # pixels of the image per pixel that is read
         turn = matrix[:2, :2] / scale
         self._turn = np.round(turn) if np.abs(turn - np.round(turn)).max() < 1e-6 else None

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from spatialdata import SpatialData
@@ -24,27 +24,11 @@ from stgen._spatial.section import Locations, annotated_region, image_mpp, locat
 from stgen._spatial.tissue import check_some_tissue, known_bins, tissue_near, tissue_of_image, with_tissue_around
 from stgen.data import MapInputs
 from stgen.measurement import Footprints, Measurement
+from stgen.models import MapMaker
 
 __all__ = ["MapElements"]
 
 logger = logging.getLogger("stgen")
-
-
-class LooksAt(Protocol):
-    """What a model of maps, or what stands for one, looks at; see :class:`stgen.models.MapModel`."""
-
-    @property
-    def genes(self) -> list[str]: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def needs_image(self) -> bool: ...
-    @property
-    def needs_labels(self) -> bool: ...
-    @property
-    def needs_all_genes(self) -> bool: ...
-    @property
-    def tissue_reach(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -201,7 +185,9 @@ class MapElements:
         check_on_grid(measurement.footprints, str(self.low_res), grid)
         return measurement
 
-    def inputs(self, grid: Grid, model: LooksAt, *, text: np.ndarray | None = None, truth: Any = None) -> MapInputs:
+    def inputs(
+        self, grid: Grid, model: MapMaker[Any], *, text: np.ndarray | None = None, truth: Any = None
+    ) -> MapInputs:
         """What the maps of the section are made from, for a model.
 
         Parameters
@@ -246,12 +232,16 @@ class MapElements:
         seen = None if measurement is None else self._seen(grid, measurement.footprints, to_pixels)
         return MapInputs(tissue, grid.bin_um, image, measurement, labels, text, truth, seen)
 
-    def _image_window(self, grid: Grid, model: LooksAt, to_pixels: np.ndarray) -> ImageWindow:
+    def reader(self, grid: Grid, *, px_per_bin: int) -> ImageWindow:
+        """A reader of the image on a grid."""
+        return ImageWindow(self._in_pixels, grid.to_element(self.sdata, str(self.image_key), self.system), px_per_bin)
+
+    def _image_window(self, grid: Grid, model: MapMaker[Any], to_pixels: np.ndarray) -> ImageWindow:
         """A reader of the image on the grid, if it fits."""
         name = type(model).__name__
         image = self._in_pixels
         _ = self.image_record  # refuses an image of nothing
-        window = ImageWindow(image, to_pixels, model.config["px_per_bin"])
+        window = self.reader(grid, px_per_bin=model.config["px_per_bin"])
         expected = model.config["image_channels"]
         if expected is not None and window.n_channels != expected:
             raise ValueError(

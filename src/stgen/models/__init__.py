@@ -11,6 +11,7 @@ from stgen.models._folder import locate, read_content
 from stgen.models._lazyslide import FeaturePredictor
 from stgen.models._map_baselines import Interpolate, PixelProbe, RegressionUNet
 from stgen.models._map_diffusion import MapDiffusionModel
+from stgen.models._map_maker import MapMaker
 from stgen.models._maps import MapModel
 from stgen.models.c3diff import C3Diff, C3DiffOptions
 from stgen.models.diffst import DiffST, DiffSTOptions
@@ -31,6 +32,7 @@ __all__ = [
     "KernelRegression",
     "LinearProbe",
     "MapDiffusionModel",
+    "MapMaker",
     "MapModel",
     "Model",
     "PixelProbe",

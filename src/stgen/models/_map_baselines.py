@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -47,7 +47,10 @@ class Interpolate(PointMapModel):
     torch.Size([1, 1, 1, 4, 4])
     """
 
-    needs_image: ClassVar[bool] = False
+    @property
+    def needs_image(self) -> bool:
+        """The image is not looked at."""
+        return False
 
     def __init__(
         self,

@@ -14,9 +14,11 @@ from stgen._checks import check_choice, check_positive, check_whole
 from stgen.data import Batch, MapData, MapInputs
 from stgen.diffusion import Generators, Solver
 from stgen.measurement import Kernel
-from stgen.models._base import Model, SteppedModel
+from stgen.models._base import SteppedModel
 from stgen.models._layers import draw_weights
-from stgen.models.samplers import MapSampler, NetworkSampler, SamplingOptions
+from stgen.models._map_maker import MapMaker
+from stgen.models._map_sampler import NetworkSampler
+from stgen.sampling import MapSampler, SamplingOptions
 from stgen.train import History
 from stgen.transforms import TransformName, inverse_transform
 
@@ -44,7 +46,7 @@ def training_tiles(data: MapData, share: int = 1) -> Iterator[Batch]:
     return data.some(N_TILES // share)
 
 
-class MapModel(Model[MapData]):
+class MapModel(MapMaker[MapData]):
     """A model that sharpens gene maps.
 
     Parameters
@@ -74,35 +76,14 @@ class MapModel(Model[MapData]):
         Each gene is sampled by itself, given the conditions; those that are wanted are named in a batch as ``gene``.
     fixed_tile
         Windows are squares of ``align`` bins and no others: the model sees a whole tile.
-    needs_image, needs_low_res
-        What the model cannot do without.
-    uses_low_res
-        Whether the model looks at the low-resolution data where there are any.
-    consistent
-        Whether maps are made to agree with the measurement unless that is declined.
-    tissue_reach
-        How far from what was measured tissue in the image gets a result, in pitches; 0 to leave it at what is near.
-    needs_all_genes
-        Whether it takes what was measured of all genes, not only of its own.
-    needs_labels, needs_text
-        Whether the model looks at a mask of nuclei (``s`` in a batch), and takes a prompt (``text``), of which
-        ``embed_prompt(prompt)`` makes a vector.
     """
 
     takes: ClassVar[Literal["locations", "maps", "sections"]] = "maps"
-    needs_image: ClassVar[bool] = True
-    needs_low_res: bool = True
-    uses_low_res: bool = True
-    needs_labels: bool = False
-    needs_text: bool = False
-    needs_all_genes: ClassVar[bool] = False
     gene_wise: ClassVar[bool] = False
     align: int = 1
     halo: int = 0
     kernel: Kernel = "gaussian"
     fixed_tile: bool = False
-    consistent: ClassVar[bool] = True
-    tissue_reach: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -143,13 +124,7 @@ class MapModel(Model[MapData]):
         return None
 
     def sampler(self, inputs: MapInputs, genes: Sequence[str], options: SamplingOptions) -> MapSampler:
-        """What makes the maps of a section, window by window.
-
-        Raises
-        ------
-        ValueError
-            If the options do not fit the model and the section.
-        """
+        """Windows sampled with the network."""
         return NetworkSampler(self, inputs, genes, options)
 
     def embed_prompt(self, prompt: str) -> np.ndarray:

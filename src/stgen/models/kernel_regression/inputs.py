@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import sparse
 
-from stgen._checks import listed
+from stgen._checks import check_enough_spots, listed
 from stgen.data import ImageReader, MapInputs
 from stgen.features import bin_features
 from stgen.kernels import Places
@@ -28,7 +28,6 @@ __all__ = [
 
 logger = logging.getLogger("stgen")
 
-FEWEST = 30  # spots
 MOST = 15_000
 GUIDE_GENES = 1000  # the most variable, from which components are made
 COARSER = 1.25  # times: a pixel in which features look different
@@ -71,10 +70,7 @@ class MeasuredSection:
         seen = np.ones(len(counted), bool) if inputs.seen is None else inputs.seen
         rows = np.flatnonzero(counted & seen)
         found = f"{len(counted)} spots, {int((~counted).sum())} without counts, {int((~seen).sum())} off the grid or the image"
-        if len(rows) < FEWEST:
-            raise ValueError(
-                f"fewer than {FEWEST} spots to learn from: {found}. Use a model that was fitted on other sections."
-            )
+        check_enough_spots(len(rows), found)
         if len(rows) < len(counted):
             logger.warning("%s: left out.", found)
         return cls(inputs, measurement, rows)
@@ -123,8 +119,8 @@ def check_footprints(footprints: Footprints, bin_um: float) -> None:
         )
     if len(footprints) > MOST:
         raise ValueError(
-            f"{len(footprints)} spots are more than the {MOST} whose covariance fits in memory. Sum neighboring ones, or crop the "
-            "section."
+            f"{len(footprints)} spots are more than the {MOST} whose covariance fits in memory. Sum neighboring ones "
+            "(stgen.pp.rasterize with a larger bin_um), or crop the section (spatialdata.bounding_box_query)."
         )
 
 

@@ -15,7 +15,7 @@ from stgen.data import Batch, MapInputs
 from stgen.diffusion import Generators, Solver
 from stgen.kernels import Places
 from stgen.measurement import Footprints
-from stgen.models._base import Model
+from stgen.models._map_maker import MapMaker
 from stgen.models.kernel_regression.applied import AppliedRegression, OtherSections, OwnSpots, blocks
 from stgen.models.kernel_regression.inputs import (
     MeasuredSection,
@@ -27,7 +27,7 @@ from stgen.models.kernel_regression.inputs import (
 )
 from stgen.models.kernel_regression.regression import GeneFields, Regression, Spots, composition
 from stgen.models.kernel_regression.sampler import KernelSampler
-from stgen.models.samplers import SamplingOptions
+from stgen.sampling import SamplingOptions
 from stgen.train import History
 from stgen.transforms import TransformName, transform_counts
 
@@ -41,7 +41,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-class KernelRegression(Model[Sequence[MapInputs]]):
+class KernelRegression(MapMaker[Sequence[MapInputs]]):
     """Expression as a Gaussian process of what places look like and, within a section, of where they are: in closed form.
 
     Fitted on the spots of one section, it makes maps of that section: two places are alike if they are near each other or look
@@ -89,11 +89,9 @@ class KernelRegression(Model[Sequence[MapInputs]]):
 
     takes: ClassVar[Literal["locations", "maps", "sections"]] = "sections"
     stochastic: ClassVar[bool] = True
-    needs_low_res: ClassVar[bool] = False
-    uses_low_res: ClassVar[bool] = False
+    needs_low_res = False
+    uses_low_res = False
     needs_all_genes: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-    needs_text: ClassVar[bool] = False
     consistent: ClassVar[bool] = False
     tissue_reach: ClassVar[float] = 3.0
 
@@ -146,6 +144,11 @@ class KernelRegression(Model[Sequence[MapInputs]]):
     def needs_image(self) -> bool:
         """Whether the model looks at the image."""
         return self.config["image_channels"] is not None
+
+    @property
+    def footprint_um(self) -> float:
+        """Diameter in µm of a disc as large as the spots that were fitted on, on average."""
+        return float(2 * (self.area.mean() / np.pi).sqrt()) * float(self.config["bin_um"])
 
     # ---- fit ---------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from stgen.data import Rectangle
 from stgen.measurement import Consistency, Measurement
 from stgen.models.kernel_regression.applied import AppliedRegression
 from stgen.models.kernel_regression.regression import GeneFields
-from stgen.models.samplers import SamplingOptions, SpotReport, WindowMaps
+from stgen.sampling import SamplingOptions, SpotReport, WindowMaps
 from stgen.windows import Tiling
 
 __all__ = ["KernelSampler"]
@@ -117,9 +117,9 @@ class KernelSampler:
         """Spots, and what is common to all genes."""
         section, regression = self.applied.section, self.applied.regression
         if section is None:
-            return {"model": "KernelRegression", **regression.summary(1.0)}
+            return regression.summary(1.0)
         return {
-            "model": "KernelRegression", "n_spots": len(section.rows),
+            "n_spots": len(section.rows),
             "n_spots_left_out": len(section.measurement) - len(section.rows),
             "n_trusted": int(sum(scores["trusted"].sum() for _, scores in self._reports)),
             **regression.summary(self.applied.pitch * self.applied.inputs.bin_um),

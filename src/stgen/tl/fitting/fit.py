@@ -15,8 +15,9 @@ from stgen._spatial.records import provenance
 from stgen._spatial.section import get_section, get_table
 from stgen._spatial.tables import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
 from stgen.data import MapData, SpotData
-from stgen.models import MapModel, Model
+from stgen.models import MapMaker, MapModel, Model
 from stgen.tl.fitting.maps import MapKeys, check_genes, cut_tiles, gather_maps, in_section, split_maps
+from stgen.tl.fitting.sections import gather_sections
 from stgen.train import check_device
 
 __all__ = ["Source", "check_training", "fit", "fit_in_place", "gather", "hold_out", "split"]
@@ -46,7 +47,8 @@ def fit(
 ) -> Model:
     """Fit a model on one section or several.
 
-    A model of locations (``model.takes == "locations"``) is fitted on tables: counts, and the histology embedding that
+    A model of sections (``"sections"``: :class:`stgen.models.KernelRegression`) is fitted on the spots of sections and the image
+    around them. A model of locations (``model.takes == "locations"``) is fitted on tables: counts, and the histology embedding that
     :func:`stgen.pp.embed` left there. A model of maps (``"maps"``) is fitted on fine maps, as :func:`stgen.pp.rasterize`
     makes them, with the histology image and the low-resolution data on the same tissue.
 
@@ -66,9 +68,9 @@ def fit(
         For models of maps: the fine map in ``sdata.images``, counts per bin of the model's ``bin_um``. Bins that are NaN
         are not trained on.
     image_key
-        For models of maps: the histology image; needed only where there are several.
+        For models of maps and of sections: the histology image; needed only where there are several.
     low_res
-        For models of maps: the low-resolution data, a map in ``sdata.images`` or a table of spots in ``sdata.tables``. By
+        For models of sections: the table of spots, needed only where there are several tables, or a map. For models of maps: the low-resolution data, a map in ``sdata.images`` or a table of spots in ``sdata.tables``. By
         default the fine map itself is summed over blocks of the model's ``factor``; what was measured apart from the
         truth, or by spots, is nearer to what the model will meet. A mapping names them section by section; sections that
         it leaves out have none, for models that can do without.
@@ -121,12 +123,23 @@ def fit(
         "tile": tile,
     }  # fmt: skip
     for_locations = {"embedding_key": embedding_key, "table_key": table_key}
-    useless = [k for k, v in (for_locations if model.takes == "maps" else for_maps).items() if v is not None]
+    of_spots = ("image_key", "low_res")
+    not_used: dict[str, dict[str, Any]] = {
+        "maps": for_locations,
+        "locations": for_maps,
+        "sections": for_locations | {k: v for k, v in for_maps.items() if k not in of_spots},
+    }
+    useless = [k for k, v in not_used[model.takes].items() if v is not None]
     if useless:
         raise ValueError(
             f"{type(model).__name__} is a model of {model.takes}, which has no use for {', '.join(useless)}."
         )
     rng = np.random.default_rng(seed)
+    if isinstance(model, MapMaker) and model.takes == "sections":
+        spots, record = gather_sections(model, sections, image_key=image_key, low_res=low_res, layer=layer)
+        fit_in_place(model, spots, None, record, progress=options.get("progress", True))
+        logger.info("%s", _fitted(model, f"{record['n_spots']} spots", len(sections)))
+        return model
     train: SpotData | MapData
     held_out: SpotData | MapData | None
     if isinstance(model, MapModel):
@@ -145,10 +158,13 @@ def fit(
         record |= {"validation": validation, "layer": layer}
         n = f"{record['n_locations']} locations"
     fit_in_place(model, train, held_out, {**record, "seed": seed}, seed=seed, **options)
-    logger.info(
-        "fitted %s on %s of %d section(s); model.save(folder) keeps it.", type(model).__name__, n, len(sections)
-    )
+    logger.info("%s", _fitted(model, n, len(sections)))
     return model
+
+
+def _fitted(model: Model, n: str, n_sections: int) -> str:
+    """What was done, and what to do next."""
+    return f"fitted {type(model).__name__} on {n} of {n_sections} section(s); model.save(folder) keeps it."
 
 
 def _maps(
@@ -270,9 +286,9 @@ def split(data: SpotData, held_out: np.ndarray) -> tuple[SpotData, SpotData | No
 
 
 def fit_in_place(
-    model: Model,
-    train: SpotData | MapData,
-    validation: SpotData | MapData | None,
+    model: Model[Any],
+    train: Any,
+    validation: Any,
     record: Mapping[str, Any],
     **options: Any,
 ) -> None:

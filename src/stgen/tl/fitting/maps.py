@@ -17,7 +17,7 @@ from stgen._spatial.records import provenance
 from stgen._spatial.section import find_image
 from stgen.data import ImageReader, MapData, MapInputs
 from stgen.measurement import Footprints, Measurement
-from stgen.models import MapModel
+from stgen.models import MapMaker, MapModel
 
 __all__ = [
     "MapKeys",
@@ -90,7 +90,7 @@ def gather_maps(
 
 
 def check_uses(
-    model: MapModel | None,
+    model: MapMaker[Any] | None,
     *,
     labels_key: str | None,
     prompt: str | Mapping[str, str] | None,

@@ -23,7 +23,8 @@ from stgen.diffusion import Diffusion, Solver
 from stgen.models import Model
 from stgen.pp import select_genes
 from stgen.tl.fitting.fit import Source, check_training, fit_in_place, gather, hold_out, split
-from stgen.tl.prediction.target import Target
+from stgen.tl.prediction.looks import by_looks, check_looks
+from stgen.tl.prediction.target import Prediction, Target
 from stgen.train import check_device
 from stgen.transforms import unit
 
@@ -158,49 +159,73 @@ def predict_expression(
         model = models.load(model)
     if model is not None and model.fitted and fit_options:
         raise ValueError("the model is fitted already, so `fit_options` have no use; construct a new one to fit anew.")
-    if model is not None and model.takes != "locations":
+    if model is not None and model.takes == "maps":
         raise ValueError(f"{type(model).__name__} makes maps; call stgen.tl.superresolve(sdata, model=...).")
     (Diffusion() if model is None else model).check_sampling(steps, solver)
     target = Target.find(data, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
-    if model is not None and model.fitted:
-        chosen, embedding = _chosen(model, genes), model.record["embedding"]
+    if model is not None and (model.fitted or model.takes == "sections"):
+        chosen = _chosen(model, genes)
     else:
-        chosen, embedding = _to_model(model, target, genes, layer), None
+        chosen = _to_model(model, target, genes, layer)
     as_layers = target.check_keys(chosen, overwrite=overwrite)
-
-    embedding_key = target.embed(
-        embedding, embedding_key,
-        image_key=image_key, mpp=mpp, device=device, progress=progress,
-    )  # fmt: skip
     sampling: dict[str, Any] = {
         "n_samples": n_samples, "steps": steps, "solver": solver, "seed": seed,
         "batch_size": batch_size, "device": device, "progress": progress,
     }  # fmt: skip
-    h = np.asarray(target.rows.obsm[embedding_key])
-    if model is not None and model.fitted:
-        position = np.array([model.genes.index(gene) for gene in chosen], int)
-        samples = draw(model, h, np.arange(len(h)), **sampling)[:, :, position]
-        fitted_on, weights, fold = model.record.get("sections", []), model.weights_sha256(), None
+    how: dict[str, Any] = {"steps": steps, "solver": solver, "layer": layer}
+    if isinstance(model, models.KernelRegression):
+        check_looks(model, statistic=statistic, keep_samples=keep_samples, embedding_key=embedding_key, layer=layer)
+        section = target.section(image_key, mpp)
+        prediction, how = by_looks(model, section, chosen, n_samples=n_samples, seed=seed, progress=progress), {}
+        n_drawn = n_samples if prediction.std is not None else 1
     else:
-        model = model or models.Stem(chosen, embedding_dim=h.shape[1])
-        samples, fold = _cross_fit(model, target, embedding_key, layer, folds, sampling, fit_options or {})
-        fitted_on, weights = f"this section, cross-fitted in {folds} folds", None
+        embedding = model.record["embedding"] if model is not None and model.fitted else None
+        embedding_key = target.embed(
+            embedding, embedding_key, image_key=image_key, mpp=mpp, device=device, progress=progress
+        )
+        if model is None or not model.fitted:
+            model = model or models.Stem(chosen, embedding_dim=target.rows.obsm[embedding_key].shape[1])
+        samples, fold = _samples(model, target, embedding_key, chosen, layer, folds, sampling, fit_options or {})
+        n_drawn = samples.shape[1]
+        how |= {"embedding": embedding_key, "folds": None if fold is None else int(fold.max() + 1)}
+        prediction = Prediction(
+            STATISTICS[statistic](samples),
+            samples.std(1) if n_drawn > 1 else None,  # of centered noise: the population form is unbiased
+            samples if keep_samples else None,
+            embedding_key,
+            fold,
+        )
+    fitted_on = model.record.get("sections", []) if model.fitted else f"this section, cross-fitted in {folds} folds"
     entry = provenance(
-        "tl.predict_expression", model=type(model).__name__, weights_sha256=weights, fitted_on=fitted_on, genes=chosen,
-        transform=model.transform, unit=unit(model.transform), statistic=statistic, n_samples=samples.shape[1],
-        steps=steps, solver=solver, seed=seed, embedding=embedding_key, layer=layer,
-        folds=None if fold is None else int(fold.max() + 1),
+        "tl.predict_expression", model=type(model).__name__,
+        weights_sha256=model.weights_sha256() if model.fitted else None, fitted_on=fitted_on, genes=chosen,
+        transform=model.transform, unit=unit(model.transform), statistic=statistic, n_samples=n_drawn, seed=seed, **how,
     )  # fmt: skip
     if copy:
         data = target.copy_data()
-    target.write(
-        samples, STATISTICS[statistic](samples), chosen, entry,
-        as_layers=as_layers, embedding_key=embedding_key, keep_samples=keep_samples, fold=fold,
-    )  # fmt: skip
+    target.write(prediction, chosen, entry, as_layers=as_layers)
     return data if copy else None
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------
+
+
+def _samples(
+    model: Model,
+    target: Target,
+    embedding_key: str,
+    genes: list[str],
+    layer: str | None,
+    folds: int,
+    sampling: dict[str, Any],
+    fit_options: Mapping[str, Any],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples of some genes for every location; of a model that is not fitted, cross-fitted, and the fold of each."""
+    if not model.fitted:
+        return _cross_fit(model, target, embedding_key, layer, folds, sampling, fit_options)
+    h = np.asarray(target.rows.obsm[embedding_key])
+    position = np.array([model.genes.index(gene) for gene in genes], int)
+    return draw(model, h, np.arange(len(h)), **sampling)[:, :, position], None
 
 
 def draw(

@@ -16,13 +16,29 @@ from stgen._spatial.identity import check_element_ids
 from stgen._spatial.image import is_micrometers, slide_mpp
 from stgen._spatial.library import library_of
 from stgen._spatial.records import check_new_key, made_by, record, shallow_copy, write_table
-from stgen._spatial.section import find_image, get_table
+from stgen._spatial.section import Section, find_image, get_section, get_table
 from stgen._spatial.tables import embedding_key_of, embedding_record, predicted_in_x, recorded_embeddings
 from stgen.pp import embed, tile_grid
 
-__all__ = ["Target"]
+__all__ = ["Prediction", "Target"]
 
 logger = logging.getLogger("stgen")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was predicted of some locations."""
+
+    expected: np.ndarray
+    """Shape ``(n, G)``."""
+    std: np.ndarray | None = None
+    """Spread, of the same shape."""
+    samples: np.ndarray | None = None
+    """Samples that are to be kept, ``(n, n_samples, G)``."""
+    embedding_key: str | None = None
+    """The embedding that was looked at."""
+    fold: np.ndarray | None = None
+    """The part of the section that each location was left out with, shape ``(n,)``."""
 
 
 @dataclass
@@ -128,28 +144,23 @@ class Target:
         progress: bool,
     ) -> str:
         """Key of an embedding like the one that was trained on, computed if need be; tiles are laid if need be."""
-        if self.table is None:
-            self.shapes_key = f"{self.key_added}_tiles"
-            tile_grid(
-                self.work, image_key=image_key, mpp=self._mpp(image_key, mpp), key_added=self.shapes_key,
-                table_key_added=self.key_added,
-            )  # fmt: skip
-            self.table = self.work.tables[self.key_added]
+        self.lay_tiles(image_key, mpp)
+        rows = self.rows
         if trained is None:
             images = self.work.images if isinstance(self.work, SpatialData) else library_of(self.work).images
-            if embedding_key is not None or recorded_embeddings(self.table) or not images:
-                return embedding_key_of(self.table, embedding_key)
+            if embedding_key is not None or recorded_embeddings(rows) or not images:
+                return embedding_key_of(rows, embedding_key)
             trained = {"key": "X_texture", "model": "texture", "by_name": True}
         key = embedding_key or trained["key"]
-        if key not in self.table.obsm:
+        if key not in rows.obsm:
             if embedding_key is not None or not trained.get("by_name", False):
-                embedding_key_of(self.table, key)  # raises, and says what to call
+                embedding_key_of(rows, key)  # raises, and says what to call
             embed(
                 self.work, image_key=image_key, table_key=self.table_key, key_added=key, mpp=self._mpp(image_key, mpp),
                 device=device, progress=progress, **recipe_of(trained),
             )  # fmt: skip
             self.embedded = True
-        found = embedding_record(self.table, key)
+        found = embedding_record(rows, key)
         differing = [k for k in trained if k not in ("key", "image_mpp") and found.get(k) != trained[k]]
         if differing:
             raise ValueError(
@@ -159,6 +170,25 @@ class Target:
             )
         warn_of_resolution(found, trained)
         return key
+
+    def lay_tiles(self, image_key: str | None, mpp: float | None) -> None:
+        """A grid of tiles over the tissue, where there are no locations yet."""
+        if self.table is not None:
+            return
+        self.shapes_key = f"{self.key_added}_tiles"
+        tile_grid(
+            self.work, image_key=image_key, mpp=self._mpp(image_key, mpp), key_added=self.shapes_key,
+            table_key_added=self.key_added,
+        )  # fmt: skip
+        self.table = self.work.tables[self.key_added]
+
+    def section(self, image_key: str | None, mpp: float | None) -> Section:
+        """The locations, and the image on which they lie."""
+        self.lay_tiles(image_key, mpp)
+        of_tiles = None if isinstance(self.work, AnnData) else self.table_key
+        return get_section(
+            self.work, image_key=image_key, table_key=of_tiles, mpp=self._mpp(image_key, mpp), need_image=True
+        )
 
     def _mpp(self, image_key: str | None, mpp: float | None) -> float | None:
         """µm per pixel of the image where only a ``WSIData`` knows them, which ``work`` is not."""
@@ -184,23 +214,12 @@ class Target:
             self.user_table = None if self.user_table is None else self.data.tables[self.table_key]
         return self.data
 
-    def write(
-        self,
-        samples: np.ndarray,
-        predicted: np.ndarray,
-        genes: list[str],
-        entry: dict[str, Any],
-        *,
-        as_layers: bool,
-        embedding_key: str,
-        keep_samples: bool,
-        fold: np.ndarray | None,
-    ) -> None:
+    def write(self, prediction: Prediction, genes: list[str], entry: dict[str, Any], *, as_layers: bool) -> None:
         """Put the finished result into the user's object."""
         key_added = self.key_added
-        values = {key_added: predicted.astype(np.float32)}
-        if samples.shape[1] > 1:
-            values[f"{key_added}_std"] = samples.std(1)  # of centered noise: the population form is unbiased
+        values = {key_added: prediction.expected.astype(np.float32)}
+        if prediction.std is not None:
+            values[f"{key_added}_std"] = prediction.std.astype(np.float32)
         rows, table = self.rows, self.user_table
         if not as_layers or table is None:
             table = AnnData(values.pop(key_added), obs=rows.obs.copy(), var=pd.DataFrame(index=genes))
@@ -218,8 +237,8 @@ class Target:
             for container, name in earlier:  # of an earlier result of the same name
                 if name in container:
                     del container[name]
-        if fold is not None:
-            table.obs[f"{key_added}_fold"] = pd.Categorical(fold)
+        if prediction.fold is not None:
+            table.obs[f"{key_added}_fold"] = pd.Categorical(prediction.fold)
         if as_layers and genes == list(table.var_names):
             table.layers.update(values)
             table.var[key_added] = True
@@ -230,10 +249,11 @@ class Target:
                 full[:, columns] = value
                 table.layers[name] = full
             table.var[key_added] = np.isin(np.arange(table.n_vars), columns)
-        if keep_samples:
-            table.obsm[f"{key_added}_samples"] = samples
+        if prediction.samples is not None:
+            table.obsm[f"{key_added}_samples"] = prediction.samples
             entry = {**entry, "sample_genes": "\n".join(genes)}
-        if self.embedded or not as_layers:
+        embedding_key = prediction.embedding_key
+        if embedding_key is not None and (self.embedded or not as_layers):
             table.obsm[embedding_key] = rows.obsm[embedding_key]
             record(table, embedding_key, rows.uns.get("stgen", {}).get(embedding_key, {}))
         record(table, key_added, entry)
@@ -246,7 +266,13 @@ class Target:
             self.data.tables.pop(key_added, None)
             self.data.tables[key_added] = table
         hint = "adata.write_zarr(path)" if isinstance(self.data, AnnData) else "sdata.write(path)"
-        logger.info("predicted %d genes at %d locations into %s; %s saves it.", len(genes), len(samples), where, hint)
+        logger.info(
+            "predicted %d genes at %d locations into %s; %s saves it.",
+            len(genes),
+            len(prediction.expected),
+            where,
+            hint,
+        )
 
 
 def warn_of_resolution(found: dict[str, Any], trained: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import check_new_key, record, write_image
 from stgen._spatial.section import OUT_OF_FOLD
 from stgen.data import MapInputs
-from stgen.models.samplers import SpotReport
+from stgen.sampling import SpotReport
 
 __all__ = ["TABLE", "MapResult", "check_result_keys", "check_store", "is_result", "spot_table"]
 

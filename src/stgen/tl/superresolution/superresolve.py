@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +13,20 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stgen import models
-from stgen._checks import check_prompt, check_seed, check_types, check_whole, chosen_genes, only_key
+from stgen._checks import check_prompt, check_seed, check_types, check_whole, chosen_genes
 from stgen._spatial.grid import Grid, get_map
 from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import provenance, shallow_copy
+from stgen._spatial.result_grid import result_grid
 from stgen._spatial.section import find_image
 from stgen.data import MapInputs
 from stgen.measurement import Measurement
-from stgen.models import MapModel, Model
-from stgen.models.samplers import MapSampler, SamplingOptions, SpotReport
+from stgen.models import KernelRegression, MapMaker, Model
+from stgen.sampling import MapSampler, SamplingOptions, SpotReport
+from stgen.tl.fitting.fit import fit_in_place
 from stgen.tl.fitting.maps import check_uses
-from stgen.tl.superresolution.grid import result_grid
-from stgen.tl.superresolution.one_section import OneSection, check_learnable, check_spots
-from stgen.tl.superresolution.result import MapResult, check_result_keys, check_store, is_result, spot_table
+from stgen.tl.fitting.sections import spots_of
+from stgen.tl.superresolution.result import MapResult, check_result_keys, check_store, spot_table
 from stgen.train import check_device
 from stgen.windows import bounds_of
 
@@ -33,6 +35,7 @@ __all__ = ["superresolve"]
 logger = logging.getLogger("stgen")
 
 MOST_BYTES = 8e9  # of a result in memory
+FINEST_PX_UM = 2.0  # of the image, where a section is all that there is to learn from
 
 
 @check_types
@@ -205,55 +208,61 @@ def superresolve(
     n_samples, batch_size = check_whole("n_samples", n_samples), check_whole("batch_size", batch_size)
     seed = check_seed(seed)
     device = str(check_device(device))
-    fitted = None if model is None else fitted_map_model(model)
-    check_uses(fitted, labels_key=labels_key, prompt=prompt, low_res=low_res, layer=layer)
-    if fitted is not None:
-        fitted.check_sampling(steps, solver)
-    low_res = _low_res(sdata, low_res, fitted)
-    genes = _genes(sdata, low_res, fitted, genes)
-    prompt, text = (None, None) if fitted is None else _text(fitted, prompt)
+    given = None if model is None else map_maker(model)
+    own = given is None or not given.fitted  # learns from this section alone
+    check_uses(given, labels_key=labels_key, prompt=prompt, low_res=low_res, layer=layer)
+    if given is not None:
+        given.check_sampling(steps, solver)
+    if own and tile is not None:
+        check_whole("tile", tile)
+    low_res = _low_res(sdata, low_res, given, own=own)
+    genes = _genes(sdata, low_res, given, genes)
+    prompt, text = (None, None) if given is None else _text(given, prompt)
     check_result_keys(
         sdata, key_added, [key for key in (image_key, low_res, like) if key is not None], overwrite=overwrite
     )
     store = check_store(sdata, store, key_added, overwrite=overwrite, copy=copy)
 
-    image_key = _image_key(sdata, image_key, low_res, like, fitted)
+    image_key = _image_key(sdata, image_key, low_res, like, given)
     elements = MapElements.find(
         sdata, image_key=image_key, low_res=low_res, layer=layer, labels_key=labels_key, map_key=like, mpp=mpp
     )
     grid = result_grid(
-        elements, bin_um=bin_um, factor=factor, fitted_um=None if fitted is None else fitted.config["bin_um"]
+        elements, bin_um=bin_um, factor=factor, fitted_um=None if given is None else given.config["bin_um"]
     )
     if store is None:
         _check_memory(grid, genes, 1 + (n_samples > 1) + keep_samples * n_samples)
-    used = OneSection.on(elements, grid, genes) if fitted is None else fitted
-    inputs = elements.inputs(grid, used, text=text)
-    if fitted is None:
-        check_learnable(inputs, str(low_res), like)
-    else:
-        _check_factor(fitted, low_res, inputs.measurement)
-    agreeing = used.consistent if consistency is None else bool(consistency)
+    maker = _regression_for(elements, grid, genes, seed) if given is None else deepcopy(given) if own else given
+    inputs = elements.inputs(grid, maker, text=text)
+    if own:
+        fit_in_place(maker, [inputs], None, {"sections": ["section"]}, progress=progress)
+    _check_factor(maker, low_res, inputs.measurement)
+    agreeing = maker.consistent if consistency is None else bool(consistency)
     options = SamplingOptions(
         n_samples=n_samples, steps=steps, solver=solver, batch_size=batch_size, tile=tile, seed=seed, device=device,
         consistency=agreeing and inputs.measurement is not None, keep_samples=keep_samples, progress=progress,
     )  # fmt: skip
-    sampler = used.sampler(inputs, genes, options)
+    sampler = maker.sampler(inputs, genes, options)
 
     target = shallow_copy(sdata) if copy else sdata
     with MapResult(
         grid, genes, sampler.n_samples, key_added, keep_samples=keep_samples, store=store, tile=sampler.tiling.tile,
         total=sampler.has_total,
     ) as result:  # fmt: skip
-        _make(sampler, inputs, result, f"superresolve with {type(used).__name__}", progress=progress)
+        _make(sampler, inputs, result, f"superresolve with {type(maker).__name__}", progress=progress)
         report = sampler.report()
         table = None if report is None else spot_table(elements, inputs, report)
         entry = provenance(
-            "tl.superresolve", image=image_key, low_res=low_res, layer=layer, like=like,
-            genes=genes, unit="counts per bin", bin_um=grid.bin_um, n_samples=n_samples if used.stochastic else 1,
+            "tl.superresolve", model=type(maker).__name__, weights_sha256=maker.weights_sha256(),
+            fitted_on=None if own else maker.record.get("sections"), image=image_key, low_res=low_res, layer=layer, like=like,
+            genes=genes, unit="counts per bin", bin_um=grid.bin_um, n_samples=n_samples if maker.stochastic else 1,
             consistency=options.consistency, tile=sampler.tiling.tile, seed=seed, labels=labels_key, prompt=prompt,
             **sampler.record(), **(elements.image_record if inputs.image is not None else {}),
         )  # fmt: skip
         keys = result.hand_over(target, entry, table)
+    if own and given is not None:  # the fitted model is handed back
+        given.load_state_dict(maker.state_dict())
+        given.record = maker.record
     _say_what_was_found(genes, grid, keys, store, key_added, report)
     return target if copy else None
 
@@ -294,44 +303,51 @@ def _say_what_was_found(
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def fitted_map_model(model: Any) -> MapModel:
-    """The model, loaded if need be; an error unless it is fitted and makes maps."""
+def map_maker(model: Any) -> MapMaker[Any]:
+    """The model, loaded if need be; an error unless it makes maps, and is fitted or can learn from one section."""
     if isinstance(model, str | Path):
         model = models.load(model)
     if not isinstance(model, Model):
         raise TypeError(f"`model` must be a model, its folder or a Hub id, found {type(model).__name__}.")
     name = type(model).__name__
-    if not isinstance(model, MapModel):
+    if not isinstance(model, MapMaker):
         raise ValueError(
             f"{name} predicts the expression of locations, not maps: call stgen.tl.predict_expression(sdata, model=...), "
             "or pass a model for maps, such as stgen.models.DiffST."
         )
-    if not model.fitted:
+    if model.takes == "maps" and not model.fitted:
         raise ValueError(f"this {name} has not been fitted; call stgen.tl.fit(model, sdata, map_key=...) first.")
     return model
 
 
-def _low_res(sdata: SpatialData, low_res: str | None, model: MapModel | None) -> str | None:
+def _regression_for(elements: MapElements, grid: Grid, genes: list[str], seed: int) -> KernelRegression:
+    """What learns from a section alone, on these bins; its pixels are at most as fine as the image."""
+    if elements.image_key is None:
+        return KernelRegression(genes, bin_um=grid.bin_um, image_channels=None, seed=seed)
+    image = elements.reader(grid, px_per_bin=1)
+    finest = max(1, round(min(grid.bin_um / FINEST_PX_UM, image.finest_px_per_bin)))
+    return KernelRegression(genes, bin_um=grid.bin_um, image_channels=image.n_channels, px_per_bin=finest, seed=seed)
+
+
+def _low_res(sdata: SpatialData, low_res: str | None, maker: MapMaker[Any] | None, *, own: bool) -> str | None:
     """The low-resolution data: those named; where a section is all that there is to learn from, its only table."""
-    if model is not None:
-        if low_res is None and model.needs_low_res:
+    if maker is not None and not own:
+        if low_res is None and maker.needs_low_res:
             raise ValueError(
-                f"{type(model).__name__} was fitted with low-resolution expression and needs it: pass low_res=<a map in "
+                f"{type(maker).__name__} was fitted with low-resolution expression and needs it: pass low_res=<a map in "
                 f"sdata.images or a table of spots in sdata.tables>; found the images {_named(sdata.images)} and the tables "
                 f"{_named(sdata.tables)}."
             )
         return low_res
-    if low_res is None or low_res not in sdata.images:
-        tables = [key for key in sdata.tables if key == low_res or not is_result(sdata, key)]
-        low_res = only_key(tables, low_res, argument="low_res", what="table of spots")
-        check_spots(sdata.tables[low_res].n_obs, f"{sdata.tables[low_res].n_obs} in {low_res!r}")
-    return low_res
+    return spots_of(sdata, low_res)
 
 
-def _genes(sdata: SpatialData, low_res: str | None, model: MapModel | None, genes: Sequence[str] | None) -> list[str]:
+def _genes(
+    sdata: SpatialData, low_res: str | None, maker: MapMaker[Any] | None, genes: Sequence[str] | None
+) -> list[str]:
     """The genes to write, each once and known to the model, or measured."""
-    if model is not None:
-        return chosen_genes(genes, model.genes, f"the {type(model).__name__}")
+    if maker is not None:
+        return chosen_genes(genes, maker.genes, f"the {type(maker).__name__}")
     if low_res is not None and low_res in sdata.images:
         names = get_map(sdata, low_res).coords["c"].values
     else:
@@ -340,16 +356,16 @@ def _genes(sdata: SpatialData, low_res: str | None, model: MapModel | None, gene
 
 
 def _image_key(
-    sdata: SpatialData, image_key: str | None, low_res: str | None, like: str | None, model: MapModel | None
+    sdata: SpatialData, image_key: str | None, low_res: str | None, like: str | None, maker: MapMaker[Any] | None
 ) -> str | None:
     """The image, if one is named or needed."""
-    if model is None:
+    if maker is None:
         return image_key
     of_bins = like is not None or (low_res is not None and low_res in sdata.images)
-    return find_image(sdata, image_key) if image_key is not None or model.needs_image or not of_bins else None
+    return find_image(sdata, image_key) if image_key is not None or maker.needs_image or not of_bins else None
 
 
-def _text(model: MapModel, prompt: str | None) -> tuple[str | None, np.ndarray | None]:
+def _text(model: MapMaker[Any], prompt: str | None) -> tuple[str | None, np.ndarray | None]:
     """The prompt, for models that take one, and what the model makes of it."""
     if not model.needs_text:
         return None, None
@@ -366,7 +382,7 @@ def _text(model: MapModel, prompt: str | None) -> tuple[str | None, np.ndarray |
     return prompt, model.embed_prompt(prompt) if vector is None else np.asarray(vector, np.float32)
 
 
-def _check_factor(model: MapModel, low_res: str | None, measurement: Measurement | None) -> None:
+def _check_factor(model: MapMaker[Any], low_res: str | None, measurement: Measurement | None) -> None:
     """Refuse a map that is coarser or finer than those the model was fitted to sharpen."""
     if measurement is None or measurement.footprints.shape != "square" or not model.uses_low_res:
         return

@@ -54,9 +54,7 @@ def result_grid(elements: MapElements, *, bin_um: float | None, factor: int | No
             f"`factor` is for maps, of which it counts bins along the side of one, and low_res={elements.low_res!r} is not a map. "
             "Leave it out, or pass bin_um=<µm> instead."
         )
-    if fitted_um is not None:
-        return elements.grid_of_image(bin_um or fitted_um)
-    side = _of_spots(elements, bin_um)
+    side = _of_spots(elements, bin_um) if fitted_um is None else bin_um or fitted_um
     return elements.grid_of_spots(side) if elements.image_key is None else elements.grid_of_image(side)
 
 

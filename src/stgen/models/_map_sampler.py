@@ -1,29 +1,27 @@
-"""How the maps of a section are made window by window: what a sampler is, and that of networks."""
+"""How a network makes the maps of a section, window by window."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from stgen.data import Batch, MapInputs, Rectangle, with_each
-from stgen.diffusion import NoiseField, Solver
+from stgen.diffusion import NoiseField
 from stgen.measurement import Consistency, Measurement
+from stgen.sampling import SamplingOptions, WindowMaps
 from stgen.transforms import inverse_transform
 from stgen.windows import Tiling, round_up
 
 if TYPE_CHECKING:
     from stgen.models._maps import MapModel
 
-__all__ = ["MapSampler", "NetworkSampler", "SamplingOptions", "SpotReport", "WindowMaps"]
+__all__ = ["NetworkSampler"]
 
 MOST_VALUES = 3e7  # samples x genes x bins that are in work at a time
 LARGEST_TILE = 320
@@ -33,76 +31,6 @@ TO_SCALE: dict[str, Callable[[Tensor], Tensor]] = {
     "log2p1_raw": lambda counts: torch.log2(counts.clamp(min=-0.5) + 1),
     "none": lambda counts: counts,
 }
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the maps of a section are sampled."""
-
-    n_samples: int = 4
-    """Samples of every map."""
-    steps: int = 25
-    """Network evaluations."""
-    solver: Solver = "dpm++"
-    """See :meth:`stgen.diffusion.Diffusion.sample`."""
-    batch_size: int = 4
-    """Samples drawn at a time."""
-    consistency: bool = False
-    """Whether maps are made to sum to what was measured."""
-    tile: int | None = None
-    """Side in bins of the squares in which the section is cut; by default the largest that takes a few GB of memory."""
-    seed: int = 0
-    device: str = "cpu"
-    keep_samples: bool = False
-    """Whether samples are wanted themselves, not only their spread."""
-    progress: bool = False
-    """Whether to show bars of what is done before the first window."""
-
-
-class WindowMaps(NamedTuple):
-    """The maps of some genes in a window, counts per bin."""
-
-    maps: Iterator[np.ndarray]
-    """The samples ``(genes, height, width)`` one after the other, and last the expected map."""
-    total: np.ndarray | None = None
-    """Expected counts over all genes ``(1, height, width)``, if they are known; with the first genes only."""
-
-
-class SpotReport(NamedTuple):
-    """What is known of a section's own spots, each predicted from others."""
-
-    rows: np.ndarray
-    """Which of the measured spots, shape ``(n,)``."""
-    predicted: np.ndarray
-    """Counts, shape ``(n, G)``."""
-    scores: pd.DataFrame
-    """A row per gene."""
-
-
-class MapSampler(Protocol):
-    """Makes the maps of a section window by window; what it needs to know is resolved and does not change."""
-
-    genes: list[str]
-    """What maps are made of."""
-    n_samples: int
-    """Samples of every map; 0 or 1 gives no spread."""
-    tiling: Tiling
-    parts: list[slice]
-    """Which of the genes are taken at a time."""
-    has_total: bool
-    """Whether there is a map of the counts over all genes."""
-
-    def ready(self) -> AbstractContextManager[object]:
-        """Around all calls of :meth:`maps`: puts a model on its device, say, and takes it back."""
-
-    def maps(self, window: Rectangle, part: slice) -> WindowMaps:
-        """The maps of some genes in a window; a function of its arguments and of nothing that changes."""
-
-    def record(self) -> dict[str, Any]:
-        """What else to write down of a result, once all maps are made; JSON values."""
-
-    def report(self) -> SpotReport | None:
-        """What is known of the section's own spots, once all maps are made."""
 
 
 class NetworkSampler:
@@ -199,12 +127,9 @@ class NetworkSampler:
         return WindowMaps(values.cpu().numpy() for values in self._draw(window, self._columns[part]))
 
     def record(self) -> dict[str, Any]:
-        """The model, the sampler of a stochastic one, and what else it says."""
+        """Sampler of a stochastic model, and what else the model says."""
         sampled = self.model.stochastic
         return {
-            "model": type(self.model).__name__,
-            "weights_sha256": self.model.weights_sha256(),
-            "fitted_on": self.model.record.get("sections"),
             "steps": self.options.steps if sampled else None,
             "solver": self.options.solver if sampled else None,
             **self.model.sampling_options,
