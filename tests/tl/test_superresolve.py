@@ -333,7 +333,7 @@ def test_only_the_requested_genes_are_sampled(section, monkeypatch):
 def test_genes_are_sampled_in_parts_that_fit_into_memory(section, monkeypatch):
     model, options = c3diff(), {**QUICK, "low_res": "low", "tile": 60, "keep_samples": True}
     superresolve(section, "he", model=model, **options)
-    monkeypatch.setattr(samplers, "MOST_VALUES", 2 * 2 * 60 * 60)  # two genes of two samples
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 2 * 2 * 60 * 60)  # two genes of two samples
     seen, sample = [], type(model).sample
     monkeypatch.setattr(
         type(model),
@@ -356,7 +356,7 @@ def plan_of(model, tile=None, *, n_samples=4, measurement=None, consistency=Fals
 
 
 def test_tile_of_a_gene_wise_model_does_not_shrink_with_its_genes(monkeypatch):
-    monkeypatch.setattr(samplers, "MOST_VALUES", 4 * (20 + 2 * 32) ** 2 + 1)
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 4 * (20 + 2 * 32) ** 2 + 1)
     for n_genes in (1, 50):
         plain = plan_of(c3diff([f"g{i}" for i in range(n_genes)]))
         assert (plain.tiling.tile, plain.tiling.margin) == (20, 32)
@@ -560,9 +560,9 @@ def test_a_model_that_takes_one_size_of_window_gets_it(simulated, low_res, facto
 
 def test_the_default_tile_keeps_memory_within_bounds(model, monkeypatch):
     assert plan_of(model).tiling.tile == 60
-    monkeypatch.setattr(samplers, "MOST_VALUES", 4 * 3 * (20 + 2 * model.halo) ** 2 + 1)
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 4 * 3 * (20 + 2 * model.halo) ** 2 + 1)
     assert plan_of(model).tiling.tile == 20
-    monkeypatch.setattr(samplers, "MOST_VALUES", 1)
+    monkeypatch.setattr(_map_sampler, "MOST_VALUES", 1)
     assert plan_of(model).tiling.tile == model.align
 
 
