@@ -106,6 +106,8 @@ def test_bad_input_is_refused(adata, change, options, error, message):
 def test_only_tables_are_taken(sdata, adata):
     with pytest.raises(TypeError, match="`adata` must be an AnnData, found SpatialData"):
         pp.to_spatialdata(sdata)
-    adata.uns["spatial"]["other"] = {}
+    adata.uns["spatial"]["is_single"] = True  # of CELLxGENE
+    pp.to_spatialdata(adata)
+    adata.uns["spatial"]["other"] = adata.uns["spatial"]["section"]
     with pytest.raises(ValueError, match="several libraries"):
         pp.to_spatialdata(adata)
