@@ -18,7 +18,7 @@ from stgen._spatial.measured import measurement_of
 from stgen._spatial.records import provenance, record, shallow_copy, write_image
 from stgen.data import MapInputs
 from stgen.diffusion import Diffusion
-from stgen.models import MapDiffusionModel
+from stgen.models import MapDiffusionModel, _map_sampler
 from stgen.models._map_sampler import NetworkSampler
 from stgen.sampling import SamplingOptions
 from stgen.tl.superresolution.superresolve import superresolve
@@ -849,7 +849,7 @@ def blank(sdata):
         (None, {"key_added": "he"}, ValueError, "exists already"),
         (None, {"key_added": "Spots"}, ValueError, "'spots' is taken"),
         (None, {"key_added": "HE"}, ValueError, "'he' is taken"),
-        (None, {"key_added": "a/b"}, ValueError, "Name must contain only"),
+        (None, {"key_added": "a/b"}, ValueError, "must be a name that can be stored"),
     ],
 )  # fmt: skip
 def test_bad_input(section, prepare, arguments, error, message):
@@ -869,7 +869,7 @@ def test_bad_models(section):
     for model, error, message in [
         (models.TrainingMean(["A"], embedding_dim=1), ValueError, "tl.predict_expression"),
         ("no/such/model/here", FileNotFoundError, "no folder"),
-        (3, TypeError, "found int"),
+        (3, TypeError, "`model` must be a Model or text"),
     ]:
         with pytest.raises(error, match=message):
             superresolve(section, model=model, low_res="low", **QUICK)
@@ -877,7 +877,7 @@ def test_bad_models(section):
     unfitted.record = {}
     with pytest.raises(ValueError, match=r"has not been fitted; call stgen\.tl\.fit"):
         superresolve(section, model=unfitted, low_res="low", **QUICK)
-    with pytest.raises(TypeError, match="Expected a SpatialData"):
+    with pytest.raises(TypeError, match="`sdata` must be a SpatialData, found"):
         superresolve(section["spot_counts"], model=Local(), low_res="low", **QUICK)
 
 
