@@ -35,6 +35,7 @@ KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of the distance al
         np.where(np.abs(d) < 2, -0.5 * np.abs(d) ** 3 + 2.5 * d**2 - 4 * np.abs(d) + 2, 0),
     ),
 }
+NEGLIGIBLE = 1e-6  # share of a bin: less is a rounding of the places
 REACH = 3.0  # pitches beyond which a footprint does not count: the kernel is 1e-10 there
 SUBBINS = 8  # points per side of a bin that decide how much of it a disc covers
 NOTHING = 1e-6  # of what was measured: a footprint with less of a prediction has none
@@ -151,7 +152,7 @@ class Footprints:
             inside = y[:, :, None] ** 2 + x[:, None, :] ** 2 <= (self.diameter / 2) ** 2
             share = inside.reshape(len(rows), n_side, SUBBINS, n_side, SUBBINS).mean((2, 4))
         y, x = bins[:, 0, :, None] - y0, bins[:, 1, None, :] - x0
-        kept = (share > 0) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        kept = (share > NEGLIGIBLE) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         footprint, i, j = np.nonzero(kept)
         position = bins[footprint, 0, i] - y0, bins[footprint, 1, j] - x0
         return sparse.csr_array(

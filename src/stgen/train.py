@@ -11,8 +11,10 @@ import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,9 +25,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
+from stgen._checks import (
+    check_choice,
+    check_flag,
+    check_not_negative,
+    check_positive,
+    check_seed,
+    check_share,
+    check_text,
+    check_whole,
+    unknown_option,
+)
 from stgen.data import Batch, StepSampler, with_each
 
-__all__ = ["Dataset", "Trainable", "check_device", "fit"]
+__all__ = ["Dataset", "Trainable", "check_device", "check_options", "fit"]
+
+MOST_WORKERS = 256
 
 logger = logging.getLogger("stgen")
 
@@ -160,6 +175,13 @@ def fit(
     >>> history["step"]
     [2]
     """
+    check_options(
+        {
+            "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "ema_decay": ema_decay,
+            "max_grad_norm": max_grad_norm, "evaluate_every": evaluate_every, "patience": patience, "checkpoint": checkpoint,
+            "seed": seed, "device": device, "precision": precision, "num_workers": num_workers, "progress": progress,
+        }
+    )  # fmt: skip
     accelerator = _accelerator(device, precision)
     if batch_size < accelerator.num_processes:
         raise ValueError(
@@ -208,6 +230,48 @@ def fit(
         state.release()
     state.finish()
     return state.history
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of :func:`fit` that do not exist or cannot work, before anything has begun.
+
+    Raises
+    ------
+    TypeError
+        If there is no such option.
+    ValueError
+        If one cannot work.
+    """
+    known = {name: p for name, p in signature(fit).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
+    error = unknown_option("stgen.train.fit", options, known)
+    if error is not None:
+        raise error
+    for name, value in options.items():
+        if value is not None or "None" not in str(known[name].annotation):
+            _CHECKS[name](name, value)
+
+
+def _check_folder(name: str, value: object) -> None:
+    if not isinstance(value, Path):
+        check_text(name, value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "steps": check_whole,
+    "batch_size": check_whole,
+    "lr": check_not_negative,
+    "weight_decay": check_not_negative,
+    "ema_decay": check_share,
+    "max_grad_norm": partial(check_positive, unit=""),
+    "evaluate_every": check_whole,
+    "patience": check_whole,
+    "checkpoint": _check_folder,
+    "seed": lambda name, value: check_seed(value),
+    "device": lambda name, value: check_device(value),
+    "precision": partial(check_choice, choices=("no", "bf16", "fp16")),
+    "num_workers": partial(check_whole, least=0, most=MOST_WORKERS),
+    "progress": check_flag,
+}
 
 
 class _State:
@@ -405,12 +469,16 @@ def check_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"`device` must be the name of a device or None, found {device!r}.")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"unknown or absent device {device!r}; this machine has {', '.join(here)}.") from error
+        raise ValueError(
+            f"`device`: unknown or absent device {device!r}; this machine has {', '.join(here)}."
+        ) from error
     return found
 
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 from stgen import models
 from stgen.data import SpotData, group_folds
-from stgen.models import LinearProbe, Retrieval, Stem, TrainingMean
+from stgen.models import LinearProbe, Retrieval, Stem, TrainingMean, _folder
 from stgen.models._layers import Standardize
 
 GENES = ["A", "B", "C", "D"]
@@ -219,7 +219,7 @@ def test_configuration_is_plain_json(spots, name, tmp_path):
         (fitted(name, spots).save(tmp_path) / "config.json").read_text(),
         parse_constant=lambda value: pytest.fail(f"{value} is no JSON"),
     )
-    assert set(content) == {"class", "config", "record"}
+    assert set(content) == {"class", "config", "record", "format", "weights", "sha256"}
     assert content["class"] == name.split()[0]
     assert content["config"]["genes"] == GENES
 
@@ -276,7 +276,9 @@ def test_folder_of_another_class(spots, tmp_path):
 @pytest.mark.parametrize("name", ["DiffSTX", "Model", "DiffusionModel", "load"])
 def test_unknown_class(spots, tmp_path, name):
     file = fitted("TrainingMean", spots).save(tmp_path) / "config.json"
-    file.write_text(file.read_text().replace("TrainingMean", name))
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    file.write_text(json.dumps(_folder.sealed({**content, "class": name})))
     with pytest.raises(ValueError, match=rf"holds a '{name}', which this version of stgen does not know"):
         models.load(tmp_path)
 
@@ -306,6 +308,10 @@ def test_tampered_configuration(spots, tmp_path, change):
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="its checksum is another"):
+        models.load(tmp_path)
+    del content["sha256"]
+    file.write_text(json.dumps(_folder.sealed(content)))
     with pytest.raises(ValueError, match="is not a TrainingMean's"):
         models.load(tmp_path)
 
@@ -329,13 +335,16 @@ def test_a_hub_id_is_downloaded(spots, tmp_path, monkeypatch):
     fitted("TrainingMean", spots).save(tmp_path)
     asked = []
 
-    def snapshot_download(repo_id, *, allow_patterns):
-        asked.append((repo_id, allow_patterns))
+    def snapshot_download(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert models.load("owner/name").genes == GENES
-    assert asked == [("owner/name", ["config.json", "model.safetensors"])]
+    files = ["config.json", "model.safetensors"]
+    assert models.load("owner/name").genes == models.load("owner/name", revision="v1").genes == GENES
+    assert asked == [("owner/name", None, files), ("owner/name", "v1", files)]
+    with pytest.raises(ValueError, match="`revision` is of a model on the Hub"):
+        models.load(tmp_path, revision="v1")
 
 
 @pytest.mark.parametrize("cls", [TrainingMean, LinearProbe, Retrieval, Stem])

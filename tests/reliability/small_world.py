@@ -207,7 +207,7 @@ def calls() -> dict[str, Callable[[World], dict[str, Any]]]:
     constructors = {
         "C3Diff": {**TINY_MAPS, "width": 8, "code": 8, "control_widths": [8, 8]},
         "DiffST": {**TINY_MAPS, "width": 8, "mean_widths": [8, 8], "region": 4},
-        "HaDMST": {**TINY_MAPS, "width": 8, "mean_widths": [8, 8]},
+        "HaDMST": {**TINY_MAPS, "width": 8, "mean_widths": [8, 8], "token": 2},
         "Interpolate": {"factor": FACTOR},
         "LinearProbe": {"embedding_dim": 4},
         "PixelProbe": {"factor": FACTOR},

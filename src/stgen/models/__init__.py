@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stgen._checks import check_types
 from stgen.models._base import DiffusionModel, Model, known_models
 from stgen.models._baselines import LinearProbe, Retrieval, TrainingMean
-from stgen.models._folder import locate, read_content
+from stgen.models._folder import locate, read
 from stgen.models._lazyslide import FeaturePredictor
 from stgen.models._map_baselines import Interpolate, PixelProbe, RegressionUNet
 from stgen.models._map_diffusion import MapDiffusionModel
@@ -45,14 +46,17 @@ __all__ = [
 ]
 
 
-def load(path: str | Path) -> Model[Any]:
+@check_types
+def load(path: str | Path, *, revision: str | None = None) -> Model[Any]:
     """Restore a fitted model, whatever its class.
 
     Parameters
     ----------
     path
-        A folder that ``model.save(folder)`` wrote, or the id of a model on the Hugging Face Hub (``"owner/name"``),
-        from which ``config.json`` and ``model.safetensors`` are taken. Nothing is unpickled.
+        A folder that ``model.save(folder)`` wrote, or the id of a model on the Hugging Face Hub (``"owner/name"``), from
+        which ``config.json`` and ``model.safetensors`` are taken. Nothing is unpickled.
+    revision
+        Commit, tag or branch of a model on the Hub, which pins what is loaded.
 
     Returns
     -------
@@ -63,8 +67,8 @@ def load(path: str | Path) -> Model[Any]:
     FileNotFoundError
         If there is neither a complete folder of that name nor such a model on the Hub.
     ValueError
-        If there is no such class, here or among those that you have defined, or the weights do not fit the
-        configuration.
+        If there is no such class, here or among those that you have defined, or the folder is damaged: its files are not as
+        they were written, do not fit each other, or hold weights that are NaN.
 
     Examples
     --------
@@ -79,8 +83,8 @@ def load(path: str | Path) -> Model[Any]:
     >>> type(restored).__name__, restored.genes
     ('TrainingMean', ['A'])
     """
-    folder = locate(path)
-    name, _ = read_content(folder)
+    folder = locate(path, revision)
+    name, content = read(folder)
     known = known_models()
     if name not in known:
         raise ValueError(
@@ -93,4 +97,4 @@ def load(path: str | Path) -> Model[Any]:
             f"{name}.load(folder)."
         )
     (cls,) = known[name].values()
-    return cls.load(folder)
+    return cls.restored(folder, content)

@@ -168,26 +168,36 @@ class Model(nn.Module, ABC, Generic[T]):
         ValueError
             If the folder holds another class, or weights that do not fit its configuration.
         """
-        name, content = _folder.read_content(folder)
+        name, content = _folder.read(folder)
         if name != cls.__name__:
             raise ValueError(
                 f"{folder} holds a {name}, not a {cls.__name__}; stgen.models.load(folder) loads any model."
             )
+        return cls.restored(folder, content)
+
+    @classmethod
+    def restored(cls, folder: str | Path, content: _folder.Content) -> Self:
+        """A model of this class from what a folder holds, once its sizes are known to be those of the weights there."""
+        with _folder.sizes_only(folder):
+            sizes = cls._constructed(folder, content)
+        _folder.check_sizes(folder, sizes)
+        model = cls._constructed(folder, content)
+        model.load_state_dict(_folder.read_weights(folder))
+        model.record = content["record"]
+        return model.eval()
+
+    @classmethod
+    def _constructed(cls, folder: str | Path, content: _folder.Content) -> Self:
+        """A model of this class with the arguments and attributes that a folder names."""
         try:
             model = cls(**content["config"])
             for option in content.get("sampling", {}).keys() & model.sampling_options.keys():
                 setattr(model, option, content["sampling"][option])
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:
             raise ValueError(
                 f"the configuration in {Path(folder) / _folder.CONFIG} is not a {cls.__name__}'s: {error}"
             ) from error
-        weights = _folder.read_weights(folder)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise _folder.misfit(folder, error) from error
-        model.record = content["record"]
-        return model.eval()
+        return model
 
 
 def known_models() -> dict[str, dict[str, type[Model[Any]]]]:
@@ -230,6 +240,7 @@ class SteppedModel(Model[D], training.Trainable):
         same model; a fitted one goes on from its weights.
         """
         options = {**self.training_options, **options}
+        training.check_options(options)
         if not self.fitted:
             with torch.random.fork_rng():
                 torch.manual_seed(options.get("seed", 0))

@@ -15,7 +15,7 @@ __all__ = ["HASHED_DIM", "embed_text"]
 HASHED_DIM = 256
 
 
-def embed_text(text: str, encoder: str, dim: int) -> np.ndarray:
+def embed_text(text: str, encoder: str, dim: int, *, fetch: bool = True) -> np.ndarray:
     """A vector for a sentence.
 
     Parameters
@@ -28,6 +28,8 @@ def embed_text(text: str, encoder: str, dim: int) -> np.ndarray:
         Face Hub id, whose last states are averaged over the words; needs transformers, and weights as safetensors.
     dim
         Size of the vector.
+    fetch
+        Whether an encoder that is not on this machine may be downloaded: not one that only a saved model names.
 
     Returns
     -------
@@ -43,7 +45,7 @@ def embed_text(text: str, encoder: str, dim: int) -> np.ndarray:
         If its vectors have another size, or the text is empty or says nothing (``"hashed"``).
     """
     text = check_prompt(text)
-    vector = _hashed(text, dim) if encoder == "hashed" else _encoded(text, encoder)
+    vector = _hashed(text, dim) if encoder == "hashed" else _encoded(text, encoder, fetch)
     if len(vector) != dim:
         raise ValueError(
             f"the vectors of the text encoder {encoder!r} have {len(vector)} numbers and the model takes {dim}; "
@@ -61,10 +63,10 @@ def _hashed(text: str, dim: int) -> np.ndarray:
     return vector.astype(np.float32)
 
 
-def _encoded(text: str, encoder: str) -> np.ndarray:
+def _encoded(text: str, encoder: str, fetch: bool) -> np.ndarray:
     import torch
 
-    tokenizer, network = _bert(encoder)
+    tokenizer, network = _bert(encoder, fetch)
     tokens = tokenizer(text, return_tensors="pt", truncation=True)
     with torch.no_grad():
         states = network(**tokens).last_hidden_state[0]
@@ -72,7 +74,7 @@ def _encoded(text: str, encoder: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _bert(encoder: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _bert(encoder: str, fetch: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Tokenizer and network of that name."""
     try:
         from transformers import AutoModel, AutoTokenizer
@@ -82,11 +84,11 @@ def _bert(encoder: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
             'pip install "stgen[encoders]". text_encoder="hashed" needs nothing.'
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        return tokenizer, AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=not fetch)
+        return tokenizer, AutoModel.from_pretrained(encoder, use_safetensors=True, local_files_only=not fetch).eval()
     except OSError as error:
+        asked = "" if fetch else " (which is not asked for what only a saved model names: download it yourself first)"
         raise FileNotFoundError(
             f"the text encoder {encoder!r} could not be loaded, with safetensors weights, from a folder or from the "
-            f"Hugging Face "
-            f'Hub: {str(error).splitlines()[0]} text_encoder="hashed" needs none.'
+            f'Hugging Face Hub{asked}: {str(error).splitlines()[0]} text_encoder="hashed" needs none.'
         ) from error

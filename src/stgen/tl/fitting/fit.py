@@ -18,7 +18,7 @@ from stgen.data import MapData, SpotData
 from stgen.models import MapMaker, MapModel, Model
 from stgen.tl.fitting.maps import MapKeys, check_genes, cut_tiles, gather_maps, in_section, split_maps
 from stgen.tl.fitting.sections import gather_sections
-from stgen.train import check_device
+from stgen.train import check_options
 
 __all__ = ["Source", "check_training", "fit", "fit_in_place", "gather", "hold_out", "split"]
 
@@ -116,8 +116,7 @@ def fit(
     True
     """
     sections = dict(data) if isinstance(data, Mapping) else {"section": data}
-    if "device" in options:
-        check_device(options["device"])
+    check_options({"seed": seed, **options})
     for_maps = {
         "map_key": map_key, "image_key": image_key, "low_res": low_res, "labels_key": labels_key, "prompt": prompt,
         "tile": tile,
