@@ -2,6 +2,7 @@
 #
 #   make demo     the main job on the built-in section: a SpatialData store, a picture and a score table
 #   make test     the tests
+#   make reliability  bad input, damage, kills and properties by the thousand, with a table of figures
 #   make docs     the documentation, warnings are errors
 #   make tutorials  the same, and keep the outputs of the tutorials in tutorials/
 #   make lint     ruff: rules and format
@@ -17,7 +18,7 @@ DEMO_OUT ?= demo-output
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help demo test docs tutorials lint types format clean
+.PHONY: help demo test reliability docs tutorials lint types format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -29,6 +30,9 @@ demo: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+reliability: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability $(RELIABILITY_ARGS)
 
 docs: $(VENV)/.installed-docs
 	rm -rf docs/_build docs/generated docs/tutorials

@@ -49,6 +49,9 @@ LARGEST = 2**31 - 1
 FEWEST_SPOTS = 30
 """The largest whole number that is taken where there is no smaller limit."""
 
+FARTHEST_UM = 1e7
+"""The largest length that is taken, ten meters: what is larger is in another unit."""
+
 LONGEST_KEY = 200
 """Letters of the longest name: a file of that name, and ``_samples`` behind it, must be possible."""
 
@@ -351,6 +354,13 @@ def _check_type(name: str, value: object, kind: Any) -> None:
     """Refuse a value that is not of the kind of its argument: a ValueError where a number or a choice belongs."""
     if name in ("key_added", "table_key_added") and value is not None:
         check_key(name, value)
+    kinds = {kind, *get_args(kind)}
+    if int in kinds and isinstance(value, Integral) and not isinstance(value, bool):
+        check_seed(value) if name == "seed" else check_whole(name, value, least=-LARGEST)
+    if name == "mpp" or name.endswith("_um"):
+        for size in value if isinstance(value, tuple | list) else [value]:
+            if is_number(size) and abs(size) > FARTHEST_UM:
+                raise ValueError(f"`{name}` must be in µm, at most {FARTHEST_UM:g}; found {shown(value)}.")
     if _fits(value, kind):
         return
     for one in (kind, *get_args(kind)):
@@ -358,7 +368,7 @@ def _check_type(name: str, value: object, kind: Any) -> None:
             check_choice(name, value, get_args(one))
     if isinstance(value, str) and Sequence[str] in (kind, *get_args(kind)):
         check_genes(value, name)
-    numeric = {int, float} & {kind, *get_args(kind)}
+    numeric = {int, float} & kinds
     raise (ValueError if numeric else TypeError)(f"`{name}` must be {_described(kind)}, found {shown(value)}.")
 
 

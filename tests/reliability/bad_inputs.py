@@ -20,11 +20,13 @@ import inspect
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import time
 import traceback
 import types
+import typing
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,13 +40,19 @@ from dask.callbacks import Callback
 from small_world import World, calls
 
 import stgen
-from stgen import datasets, models, pl, pp, tl, train
+from stgen import datasets, io, models, pl, pp, tl, train
 
-SPACES = {"datasets": datasets, "models": models, "pl": pl, "pp": pp, "tl": tl}
-RESULTS = ("pp.AlignmentReport", "tl.GeneCorrelation", "tl.Scores")
-"""Classes of results, which functions make and users do not."""
+SPACES = {"datasets": datasets, "io": io, "models": models, "pl": pl, "pp": pp, "tl": tl}
+RESULTS = (
+    "pp.AlignmentReport",
+    "tl.GeneCorrelation",
+    "tl.Scores",
+    *(f"models.{name}" for name in models.__all__ if "Options" in name),
+)
+"""Classes that functions make and users do not, and those whose fields are options of another."""
 
 LIMIT_S = 10
+NEW_NAMES = ("key_added", "table_key_added")
 REFUSALS = (KeyError, TypeError, ValueError, FileNotFoundError, ImportError)
 NAN, INF = math.nan, math.inf
 
@@ -68,9 +76,18 @@ def arguments(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
             found |= {
                 option: options[option] for option in options if option not in ("model", "train", "validation", "seed")
             }
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD and isinstance(function, type):
+            found |= options_of(function)
         elif name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
             found[name] = resolved(parameter.annotation, inner), parameter.default
     return found
+
+
+def options_of(model: type) -> dict[str, tuple[Any, Any]]:
+    """The options of a family of models, which are the fields of a dataclass of their own; None is the preset's value."""
+    options = getattr(models, f"{model.__name__}Options", None)
+    hints = typing.get_type_hints(options) if options else {}
+    return {name: (hints[name], None) for name in hints}
 
 
 class Unseen(dict):
@@ -100,7 +117,8 @@ def members(kind: Any) -> list[Any]:
 
 WRONG_WHOLE = {"0": 0, "-1": -1, "1e30": 10**30, "1.5": 1.5, "nan": NAN, "inf": INF}
 WRONG_NUMBER = {"0": 0.0, "-1": -1.0, "1e30": 1e30, "nan": NAN, "inf": INF, "-inf": -INF}
-WRONG_TEXT = {"empty": "", "absent": "absent", "300 letters": "x" * 300, "path": "../x", "space": "a b"}
+WRONG_TEXT = {"empty": "", "absent": "absent"}
+WRONG_NEW_NAMES = {"empty": "", "300 letters": "x" * 300, "path": "../x", "space": "a b", "__x": "__x"}
 WRONG_NAMES = {"none of them": [], "[absent]": ["absent"], "[1]": [1], "[None]": [None], "['']": [""], "[nan]": [NAN]}
 ODD = {"None": None, "True": True, "text": "x", "3": 3, "[]": [], "{}": {}, "b''": b"x", "{1}": {1}, "object": object()}
 """Values that are of another kind than most arguments."""
@@ -128,14 +146,14 @@ def is_of(value: Any, kind: Any) -> bool:
     return False
 
 
-def wrong_values(kind: Any, default: Any) -> dict[str, Any]:
+def wrong_values(argument: str, kind: Any, default: Any) -> dict[str, Any]:
     """Values that an argument of this annotation cannot mean, by a name for the report."""
     kinds = members(kind)
     found = {name: value for name, value in ODD.items() if not any(is_of(value, one) for one in kinds)}
     if default is None:
         found.pop("None", None)
     for one in kinds:
-        found |= _wrong_of_one(one, kinds)
+        found |= WRONG_NEW_NAMES if argument in NEW_NAMES and one is str else _wrong_of_one(one, kinds)
     return found
 
 
@@ -173,6 +191,26 @@ def _wrong_of_one(kind: Any, kinds: list[Any]) -> dict[str, Any]:
 
 RIGHT: dict[str, tuple[str, ...]] = {
     "*.seed": ("0",),
+    "*.validation": ("0",),  # none is held out
+    "*.lr": ("0", "1e30"),  # nothing is learned, or what diverges: which is said when it does
+    "*.weight_decay": ("0", "1e30"),
+    "*.max_grad_norm": ("1e30",),  # no limit
+    "*.mask_um": ("0",),  # only bins with molecules
+    "*.min_covered": ("0",),
+    "*.min_tissue": ("0",),
+    "*.resolution": ("1e30",),  # each bin a domain
+    "*.temperature": ("1e30",),  # all types alike
+    "*.threshold": ("1e30",),  # no nuclei
+    "*.channel": ("0",),
+    "*.exclude": ("empty", "absent"),  # any text is a pattern
+    "*.num_workers": ("0",),
+    "*.ema_decay": ("0",),  # no average
+    "tl.compare.folder": ("absent",),  # is made
+    "tl.compare.gene_options": ("{}",),
+    "tl.fit.checkpoint": ("absent",),  # is made
+    "tl.fit.steps": ("None",),  # the preset's
+    "tl.fit.batch_size": ("None",),
+    "pl.*.title": ("empty", "absent"),
 }
 """``"function.argument"`` with ``*`` for any function: names of values that are taken or may be, each with its reason."""
 
@@ -210,7 +248,7 @@ def trials() -> list[Trial]:
     found = []
     for name in calls():
         for argument, (kind, default) in arguments(functions[name.split("/")[0]]).items():
-            for label, value in wrong_values(kind, default).items():
+            for label, value in wrong_values(argument, kind, default).items():
                 found.append(Trial(name, argument, label, value))
     return found
 
@@ -314,6 +352,11 @@ def called(function: Callable[..., Any], options: dict[str, Any], work: Work) ->
     return None
 
 
+def named(argument: str, text: str) -> bool:
+    """Whether a text names an argument, as it is written or in words: coordinate_system, the coordinate system."""
+    return argument in text or argument.replace("_", " ") in text or argument.removesuffix("s") in text.split("`")
+
+
 def run(trial: Trial, world: World, before: dict[str, str]) -> Outcome:
     """Make the call with the wrong value, and see what became of it."""
     options = calls()[trial.name](world) | {trial.argument: trial.value}
@@ -333,7 +376,7 @@ def run(trial: Trial, world: World, before: dict[str, str]) -> Outcome:
     else:
         if not isinstance(error, REFUSALS) or not raised_here(error):
             words.append("foreign")
-        if trial.argument not in str(error):
+        if not named(trial.argument, str(error)):
             words.append("unnamed")
         if work.began:
             words.append("after work")
@@ -402,11 +445,15 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main() -> int:
-    """Run all, or those whose name contains a word: ``python bad_inputs.py [WORD ...]``."""
+    """Run one in ``SHARE`` (all) of those whose name contains a word: ``python bad_inputs.py [SHARE [WORD ...]]``."""
     import sys
     import tempfile
 
-    chosen = [trial for trial in trials() if not sys.argv[1:] or any(word in str(trial) for word in sys.argv[1:])]
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 6 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))  # so that no machine is brought down
+    share, *words = sys.argv[1:] or ["1"]
+    chosen = quick_trials(int(share)) if share != "1" else trials()
+    chosen = [trial for trial in chosen if not words or any(word in str(trial) for word in words)]
 
     def report(outcome: Outcome) -> None:
         if not outcome.ok:

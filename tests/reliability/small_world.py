@@ -56,6 +56,7 @@ class World:
             self.unet = models.RegressionUNet(self.genes, **TINY_MAPS)
             tl.superresolve(sdata, "he", self.genes, low_res="spot_counts", bin_um=20, n_samples=2, **QUIET)
             tl.find_domains(sdata, map_key="counts", n_pcs=2)
+            tl.bins_to_table(sdata, "counts", key_added="bins")
         self.pristine = sdata
         self.renew()
         self.models = {"probe": self.probe, "stem": self.stem, "diffst": self.diffst, "unet": self.unet}
@@ -198,6 +199,13 @@ def calls() -> dict[str, Callable[[World], dict[str, Any]]]:
         "pl.maps/maps": lambda w: {"data": w.sdata, "genes": w.genes[0], "keys": "superresolved", "truth_key": "counts"},
         "pl.samples": lambda w: {"data": w.sdata, "pairs": [tuple(w.genes[:2])], "location": 0, "table_key": "spot_counts"},
         "pl.scores": lambda w: {"scores": {"a": w.scores}},
+        "pl.report": lambda w: {"sdata": w.sdata, "key": "superresolved", "path": w.folder / "report.html"},
+        "pp.to_spatialdata": lambda w: {"adata": w.table, "mpp": 1.0, "spot_um": 55.0},
+        "tl.bins_to_table": lambda w: {"sdata": w.sdata, "map_key": "counts", "key_added": "new"},
+        "tl.table_to_map": lambda w: {"sdata": w.sdata, "table_key": "bins", "key_added": "new"},
+        "io.write_geojson": lambda w: {"sdata": w.sdata, "key": "spots", "path": w.folder / "spots.geojson"},
+        "io.write_ome_tiff": lambda w: {"sdata": w.sdata, "map_key": "counts", "path": w.folder / "map.ome.tiff"},
+        "io.write_table": lambda w: {"data": w.sdata, "path": w.folder / "table.csv", "table_key": "spot_counts"},
         "models.load": lambda w: {"path": w.saved},
         "datasets.her2st": lambda w: {"section": "B1", "path": w.folder},
         "datasets.mouse_olfactory_bulb": lambda w: {"section": "Rep1", "path": w.folder},

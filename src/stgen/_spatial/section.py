@@ -130,6 +130,10 @@ def get_section(
 def get_table(data: SpatialData | AnnData, *, table_key: str | None = None, shapes_key: str | None = None) -> AnnData:
     """The table of ``data``, by reference; ``data`` itself if it is one."""
     if isinstance(data, AnnData):
+        if table_key is not None:
+            raise ValueError(
+                "`table_key` names a table of a SpatialData object, and the data is a table; leave it out."
+            )
         return data
     if isinstance(data, SpatialData):
         return data.tables[_find_table(data, table_key, shapes_key)]
@@ -287,7 +291,7 @@ def _find_table(sdata: SpatialData, table_key: str | None, shapes_key: str | Non
     linked = [key for key in keys if shapes_key in _region_names(sdata.tables[key])]
     if not linked:
         raise KeyError(
-            f"No table annotates {shapes_key!r}; the tables are {listed(sdata.tables)}. Link one with "
+            f"`shapes_key`: no table annotates {shapes_key!r}; the tables are {listed(sdata.tables)}. Link one with "
             "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
         )
     return only_key(linked, None, argument="table_key", what=f"table of {shapes_key!r}")
@@ -326,7 +330,9 @@ def annotated_region(
             "spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
         )
     if shapes_key not in (None, region):
-        raise KeyError(f"The table {table_key!r} does not annotate {shapes_key!r}; it annotates {region}.")
+        raise KeyError(
+            f"The table {table_key!r} does not annotate {shapes_key!r}; it annotates {region}: leave shapes_key out."
+        )
     if region not in sdata:
         raise KeyError(f"The table {table_key!r} annotates {region!r}, which is not in the object.")
     check_element_ids(sdata[region], region)

@@ -66,7 +66,7 @@ def embedding_key_of(table: AnnData, embedding_key: str | None) -> str:
     if embedding_key is not None:
         if embedding_key not in table.obsm:
             raise KeyError(
-                f'there is no embedding obsm["{embedding_key}"]; found {", ".join(map(str, table.obsm)) or "none"}. '
+                f'`embedding_key`: there is no embedding obsm["{embedding_key}"]; found {", ".join(map(str, table.obsm)) or "none"}. '
                 f'stgen.pp.embed(data, image_key=..., key_added="{embedding_key}") computes one.'
             )
         return embedding_key

@@ -131,6 +131,10 @@ class Model(nn.Module, ABC, Generic[T]):
     def check_sampling(self, steps: int, solver: Solver) -> None:
         """Refuse a sampler that :meth:`sample` could not use; a model that does not use one takes any."""
 
+    def check_weights(self) -> None:
+        """Refuse to be used with weights that are NaN or infinite, of which every result would be."""
+        _folder.check_finite(self.state_dict(), f"the {type(self).__name__}")
+
     def weights_sha256(self) -> str:
         """Hash of all weights and buffers, which identifies a fitted model."""
         digest = hashlib.sha256()

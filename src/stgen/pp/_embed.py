@@ -128,6 +128,7 @@ def embed(
         raise ValueError(f"`batch_size` must be at least 1, found {batch_size!r}.")
     where = {"table_key": table_key, "shapes_key": shapes_key}
     home = check_device(device)
+    encoders = get_encoders(model, patch_um=patch_um, patch_px=patch_px, device=home)
     section = get_section(
         data, image_key=image_key, mpp=mpp, coordinate_system=coordinate_system, need_image=True, **where
     )
@@ -139,7 +140,6 @@ def embed(
     for name in (key_added, f"{key_added}_views"):
         check_new_key(section.table.obsm, name, overwrite=overwrite, what="obsm", ours=ours)
     check_section(section, scales=known_scales(data))
-    encoders = get_encoders(model, patch_um=patch_um, patch_px=patch_px, device=home)
 
     if image.n_channels != 3 and any(encoder.rgb_only for encoder in encoders):
         raise ValueError(

@@ -117,9 +117,11 @@ def select_genes(
         if key_added is not None and not made_by(table, key_added, "pp.select_genes"):
             check_new_key(table.uns.get("stgen", {}), key_added, overwrite=True, what='uns["stgen"]', ours=False)
         if groupby is not None and groupby not in table.obs:
-            raise KeyError(f"obs has no column {groupby!r}; found {', '.join(table.obs.columns) or 'none'}.")
+            raise KeyError(f"`groupby`: obs has no column {groupby!r}; found {', '.join(table.obs.columns) or 'none'}.")
         if gene_symbols is not None and gene_symbols not in table.var:
-            raise KeyError(f"var has no column {gene_symbols!r}; found {', '.join(map(str, table.var)) or 'none'}.")
+            raise KeyError(
+                f"`gene_symbols`: var has no column {gene_symbols!r}; found {', '.join(map(str, table.var)) or 'none'}."
+            )
     counts = [get_counts(table, layer=layer, dense=False) for table in tables]
     shared = _shared_genes(tables, exclude, gene_symbols)
     totals = [np.asarray(c.sum(1)).ravel() for c in counts]

@@ -73,7 +73,9 @@ def name_micrometers(
             f"found points_key={points_key!r} and mpp={mpp!r}."
         )
     if not is_micrometers(key_added):
-        raise ValueError(f"{key_added!r} does not say that it is in micrometers; take a name such as 'um'.")
+        raise ValueError(
+            f"`key_added`: {key_added!r} does not say that it is in micrometers; take a name such as 'um'."
+        )
     elements = {name: element for kind, name, element in sdata.gen_elements() if kind != "tables"}
     systems = {name: get_transformation(element, get_all=True) for name, element in elements.items()}
     shared = [name for name in elements if coordinate_system in systems[name]]
@@ -92,7 +94,7 @@ def name_micrometers(
         to_um = np.diag([um_per_unit, um_per_unit, 1.0])
     else:
         if points_key not in sdata.points:
-            raise KeyError(f"no points {points_key!r}; sdata.points has {listed(sdata.points)}")
+            raise KeyError(f"`points_key`: no points {points_key!r}; sdata.points has {listed(sdata.points)}")
         if points_key not in shared:
             raise KeyError(
                 f"the points {points_key!r} are not in the coordinate system {coordinate_system!r}; they are in "

@@ -153,6 +153,7 @@ def segment_nuclei(
         raise ValueError(f"`threshold` must be None or a positive number, found {threshold!r}.")
     if isinstance(tile_px, bool) or int(tile_px) != tile_px or tile_px < 64:
         raise ValueError(f"`tile_px` must be a whole number of at least 64 pixels, found {tile_px!r}.")
+    home = check_device(device)
     if channel is not None:
         image = _one_channel(image, image_key, channel)
     elif image.n_channels != 3:
@@ -163,7 +164,7 @@ def segment_nuclei(
     if method == "hematoxylin":
         finder = _stained(image, threshold, int(tile_px), area_px)
     elif channel is None and threshold is None:
-        finder = _learned(image, method, check_device(device))
+        finder = _learned(image, method, home)
     else:
         raise ValueError(f"{method!r} finds nuclei in H&E by itself; leave out channel= and threshold=.")
 

@@ -128,6 +128,10 @@ def rasterize(
         raise ValueError(
             f"Both points_key={points_key!r} and table_key={table_key!r} are given; pass the one to count."
         )
+    if layer is not None and table_key is None:
+        raise ValueError(
+            f"`layer` is of a table, and molecules are counted; pass table_key=, or leave layer={layer!r} out."
+        )
     if table_key is None:
         molecules = Molecules.of(sdata, points_key, genes=genes, gene_column=gene_column)
         source, element, names = molecules.key, molecules.points, molecules.genes

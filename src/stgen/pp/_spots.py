@@ -280,6 +280,8 @@ def spots_to_map(
     (1, 60, 60)
     """
     check_sdata(sdata)
+    if mpp is not None:
+        check_positive("mpp", mpp)
     only_key(sdata.tables, table_key, argument="table_key", what="table")
     check_free_key(sdata, "images", key_added, overwrite=overwrite, ours=made_by(sdata, key_added, "pp.spots_to_map"))
     names = genes_of(genes, get_table(sdata, table_key=table_key).var_names, f"the table {table_key!r}")

@@ -14,7 +14,7 @@ from stgen._checks import check_types
 from stgen._spatial.section import get_section, get_table
 from stgen._spatial.tables import expression, predicted_in_x, predictions_of
 from stgen.tl.evaluation.maps import evaluate_maps
-from stgen.tl.evaluation.scores import Scores, score
+from stgen.tl.evaluation.scores import Scores, ranks_of, score
 from stgen.transforms import TransformName
 
 __all__ = ["Scores", "evaluate"]
@@ -153,12 +153,14 @@ def evaluate(
     genes = list(table.var_names[predicted])
     samples = table.obsm.get(f"{key}_samples")
     pred = np.asarray(table.layers[key])[:, predicted]
-    truth = expression(table, genes, entry["transform"], layer=truth_layer or entry.get("layer"))
+    truth = expression(
+        table, genes, entry["transform"], layer=entry.get("layer") if truth_layer is None else truth_layer
+    )
     if samples is not None:  # kept in the order in which the genes were asked for
         order = {gene: i for i, gene in enumerate(entry["sample_genes"].split("\n"))}
         samples = np.moveaxis(np.asarray(samples)[:, :, [order[gene] for gene in genes]], 1, 0)
     position = {gene: i for i, gene in enumerate(genes)}
-    ranked = None if ranking is None else [position[gene] for gene in ranking if gene in position]
+    ranked = None if ranking is None else ranks_of(ranking, position)
     return score(pred, truth, genes, samples=samples, xy=_xy(data, table_key), ranking=ranked)
 
 

@@ -16,7 +16,7 @@ from stgen._spatial.grid import Grid, get_map, map_counts_checked
 from stgen._spatial.map_inputs import MapElements
 from stgen._spatial.records import recorded_layer
 from stgen.measurement import Measurement
-from stgen.tl.evaluation.scores import Scores, gene_scores, summarize, warn_of_few_samples
+from stgen.tl.evaluation.scores import Scores, gene_scores, ranks_of, summarize, warn_of_few_samples
 from stgen.transforms import TransformName, transform_counts, unit
 
 __all__ = ["MapPair", "MapScale", "check_same_grid", "evaluate_maps", "map_correlation"]
@@ -78,7 +78,7 @@ def evaluate_maps(
         frame = frame.join(_residuals(maps, measurement))
 
     position = {gene: i for i, gene in enumerate(genes)}
-    order = None if ranking is None else [position[gene] for gene in ranking if gene in position]
+    order = None if ranking is None else ranks_of(ranking, position)
     summary = summarize(frame, ranking=order)
     summary |= _structure(maps, genes, known_of_all, scale)
     summary["SSC"] = _pcc(*np.array(list(moran.values())).T)

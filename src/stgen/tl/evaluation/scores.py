@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,9 @@ import scipy.sparse as sp
 from sklearn.neighbors import kneighbors_graph
 
 from stgen import _html, metrics
+from stgen._checks import listed
 
-__all__ = ["Scores", "gene_scores", "score", "summarize", "warn_of_few_samples"]
+__all__ = ["Scores", "gene_scores", "ranks_of", "score", "summarize", "warn_of_few_samples"]
 
 logger = logging.getLogger("stgen")
 
@@ -92,6 +94,16 @@ def gene_scores(
             columns[f"coverage_{level:.0%}"] = metrics.coverage(samples, truth, level)
         columns["CRPS"] = metrics.crps(samples, truth, centered=True)
     return pd.DataFrame(columns, index=pd.Index(genes, name="gene"))
+
+
+def ranks_of(ranking: Sequence[str], position: Mapping[str, int]) -> list[int]:
+    """Positions of the ranked genes, those first that come first; genes that were not scored are passed over."""
+    ranked = [position[gene] for gene in ranking if gene in position]
+    if not ranked:
+        raise ValueError(
+            f"`ranking` names none of the scored genes, which are {listed(position)}; found {listed(ranking)}."
+        )
+    return ranked
 
 
 def summarize(frame: pd.DataFrame, *, ranking: list[int] | None = None) -> dict[str, float]:

@@ -162,6 +162,8 @@ def predict_expression(
     if model is not None and model.takes == "maps":
         raise ValueError(f"{type(model).__name__} makes maps; call stgen.tl.superresolve(sdata, model=...).")
     (Diffusion() if model is None else model).check_sampling(steps, solver)
+    if model is not None:
+        model.check_weights()
     target = Target.find(data, table_key=table_key, shapes_key=shapes_key, key_added=key_added)
     if model is not None and (model.fitted or model.takes == "sections"):
         chosen = _chosen(model, genes)
