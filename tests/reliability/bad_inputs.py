@@ -210,13 +210,28 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "tl.fit.checkpoint": ("absent",),  # is made
     "tl.fit.steps": ("None",),  # the preset's
     "tl.fit.batch_size": ("None",),
-    "pl.*.title": ("empty", "absent"),
+    "*.title": ("empty", "absent"),
+    "*.alpha": ("0",),
+    "*.guidance": ("0", "1e30"),
+    "*.p_unconditional": ("0",),
+    "*.p_missing": ("0",),
+    "*.attention": ("reversed",),  # levels in any order
+    "*.text_encoder": ("absent",),  # looked for when a prompt is embedded
+    "*.px_per_bin": ("None",),  # what the size of a bin asks for
+    "pl.samples.location": ("0", "-1"),
 }
 """``"function.argument"`` with ``*`` for any function: names of values that are taken or may be, each with its reason."""
 
 
 def is_right(trial: Trial) -> bool:
     """Whether a value of a trial is one that the function is right to take."""
+    if trial.argument.endswith("_weight") and trial.label in (
+        "0",
+        "1e30",
+    ):  # a term is left out, or nothing else counts
+        return True
+    if trial.function.startswith("models.") and trial.argument == "genes" and trial.label == "[absent]":  # any names
+        return True
     keys = (f"{trial.function}.{trial.argument}", f"{trial.name}.{trial.argument}", f"*.{trial.argument}")
     return any(trial.label in RIGHT.get(key, ()) for key in keys)
 

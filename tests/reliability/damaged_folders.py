@@ -154,7 +154,11 @@ def other_class(folder: Path, rng: np.random.Generator) -> None:
 def huge_size(folder: Path, rng: np.random.Generator) -> None:
     """A size that would need gigabytes, beside small weights."""
     entry = json.loads((folder / CONFIG).read_text())
-    names = sorted(SIZES & entry["config"].keys()) if entry["class"] not in ("TrainingMean", "Retrieval") else []
+    names = (
+        sorted(SIZES & entry["config"].keys())
+        if entry["class"] not in ("Interpolate", "TrainingMean", "Retrieval")
+        else []
+    )
     if not names:  # no size of these decides a shape
         names = ["genes"]
     name = names[rng.integers(len(names))]

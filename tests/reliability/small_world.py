@@ -207,8 +207,8 @@ def calls() -> dict[str, Callable[[World], dict[str, Any]]]:
         "io.write_ome_tiff": lambda w: {"sdata": w.sdata, "map_key": "counts", "path": w.folder / "map.ome.tiff"},
         "io.write_table": lambda w: {"data": w.sdata, "path": w.folder / "table.csv", "table_key": "spot_counts"},
         "models.load": lambda w: {"path": w.saved},
-        "datasets.her2st": lambda w: {"section": "B1", "path": w.folder},
-        "datasets.mouse_olfactory_bulb": lambda w: {"section": "Rep1", "path": w.folder},
+        "datasets.her2st": lambda w: {"section": "B4", "path": w.folder},
+        "datasets.mouse_olfactory_bulb": lambda w: {"section": "MOB1", "path": w.folder},
         "datasets.simulated_section": lambda w: {"size_um": 320.0, "mpp": 4.0, "n_genes": 4},
         "datasets.xenium_pancreas": lambda w: {"path": w.folder},
     }  # fmt: skip

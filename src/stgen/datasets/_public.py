@@ -20,6 +20,8 @@ from spatialdata.models import Image2DModel, PointsModel, ShapesModel, TableMode
 from spatialdata.transformations import Identity, Scale
 from xarray import DataTree
 
+from stgen._checks import check_types
+
 logger = logging.getLogger("stgen")
 
 _HER2ST = "https://raw.githubusercontent.com/almaan/her2st/85df7411b987a7dec3feff9718b869a7a82091ec/data"
@@ -266,6 +268,7 @@ def _array_pitch(spots: pd.DataFrame) -> float:
     return float(np.sqrt(np.prod(steps)))
 
 
+@check_types
 def her2st(section: str, *, path: str | os.PathLike | None = None) -> SpatialData:
     """A section of HER2-positive breast cancer: H&E and Spatial Transcriptomics with 100 µm spots.
 
@@ -324,6 +327,7 @@ def her2st(section: str, *, path: str | os.PathLike | None = None) -> SpatialDat
     return _spot_section(files, spots, mpp, 50.0, record)
 
 
+@check_types
 def mouse_olfactory_bulb(
     section: str, *, path: str | os.PathLike | None = None, mpp: float = 141.0 / 31.75
 ) -> SpatialData:
@@ -386,6 +390,7 @@ def mouse_olfactory_bulb(
     return _spot_section(files, spots[spots["selected"] == 1], float(mpp), 50.0, record)
 
 
+@check_types
 def xenium_pancreas(*, path: str | os.PathLike | None = None) -> SpatialData:
     """A section of human pancreas measured with Xenium: 377 genes, 5.5 million molecules, four stains. Not H&E.
 

@@ -58,6 +58,8 @@ class Model(nn.Module, ABC, Generic[T]):
         What the model was constructed with. It does not change.
     record
         What it was fitted on: the embedding, the training run. Empty until fitted.
+    fetches
+        Whether what the model names may be downloaded: not of a model that was loaded, which somebody else may have made.
     stochastic
         Whether samples differ. A deterministic model gives one sample and no spread.
     takes
@@ -67,6 +69,7 @@ class Model(nn.Module, ABC, Generic[T]):
 
     config: dict[str, Any]
     record: dict[str, Any]
+    fetches: bool = True
     stochastic: ClassVar[bool] = True
     takes: ClassVar[Literal["locations", "maps", "sections"]] = "locations"
 
@@ -188,6 +191,7 @@ class Model(nn.Module, ABC, Generic[T]):
         model = cls._constructed(folder, content)
         model.load_state_dict(_folder.read_weights(folder))
         model.record = content["record"]
+        model.fetches = False
         return model.eval()
 
     @classmethod

@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from spatialdata import SpatialData
 from xarray import DataArray
 
-from stgen._checks import check_types
+from stgen._checks import check_share, check_types
 from stgen._spatial.image import affine_to, histology_of, is_micrometers
 from stgen._spatial.section import get_section, get_table, shared_system
 from stgen.pl._colors import CATEGORIES, GRAY
@@ -115,6 +115,8 @@ def domains(
     keys = list(dict.fromkeys([*([] if reference is None else [reference]), *keys]))
     if not keys:
         raise ValueError('`keys` is empty; name what to draw, such as pl.domains(data, "domains").')
+    if alpha is not None:
+        check_share("alpha", alpha, "[0, 1]")
     axes = checked_axes(axes, (1, len(keys)))
     of_columns = {"table_key": table_key, "shapes_key": shapes_key, "mpp": mpp, "spot_um": spot_um}
     asked = any(value is not None for value in of_columns.values())

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from stgen._checks import check_types
+from stgen._checks import check_types, check_whole
 from stgen.pl._colors import BLUE, ORANGE
 from stgen.pl._scores import HIGHER_IS_BETTER, _nominal
 from stgen.tl import Scores
@@ -67,6 +67,7 @@ def gene_scatter(
     >>> ax.get_title(), ax.get_xlim() == ax.get_ylim()
     ('DiffST better for 1 of 2 genes', True)
     """
+    check_whole("n_names", n_names, least=0)
     frame = _frame(scores, metric)
     x_name, y_name = map(str, frame.columns)
     values = frame.to_numpy(float)

@@ -50,7 +50,7 @@ def get_encoders(
             f'`model` must name at least one model, found {model!r}; for example "texture" or "uni+conch".'
         )
     sizes = None if patch_um is None else tuple(float(size) for size in np.atleast_1d(patch_um))
-    if sizes is not None and not all(np.isfinite(size) and size > 0 for size in sizes):
+    if sizes is not None and not (sizes and all(np.isfinite(size) and size > 0 for size in sizes)):
         raise ValueError(f"`patch_um` must be positive, found {patch_um!r}.")
     if patch_px is not None:
         if isinstance(patch_px, bool) or int(patch_px) != patch_px or patch_px < 8:

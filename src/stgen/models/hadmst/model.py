@@ -178,7 +178,7 @@ class HaDMST(MapDiffusionModel):
 
     def embed_prompt(self, prompt: str) -> np.ndarray:
         """What the model is told by a prompt, shape ``(text_dim,)``; see :func:`stgen.tl.fit`."""
-        return embed_text(prompt, self.options.text_encoder, self.config["text_dim"])
+        return embed_text(prompt, self.options.text_encoder, self.config["text_dim"], fetch=self.fetches)
 
     # ---- fitting -----------------------------------------------------------------------------------------------
 

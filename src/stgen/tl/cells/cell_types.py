@@ -162,8 +162,9 @@ def localize_cell_types(
         )
     if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 < temperature < np.inf:
         raise ValueError(f"`temperature` must be a positive number, found {temperature!r}.")
-    if prior not in ("uniform", "reference"):
-        raise ValueError(f"`prior` must be 'uniform' or 'reference', found {prior!r}.")
+    for name, value in (("labels_column", labels_column), ("reference_layer", reference_layer)):
+        if reference is None and value is not None:
+            raise ValueError(f"`{name}` is of a reference, and there is none: leave it out, or pass reference=.")
     if reference is None:
         method: _Markers | _Profiles = _Markers.of(markers, expression.genes)
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from stgen._checks import check_types
+from stgen._checks import check_share, check_types, is_number
 from stgen._spatial.records import provenance
 from stgen._spatial.section import get_section, get_table
 from stgen._spatial.tables import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
@@ -117,6 +117,8 @@ def fit(
     """
     sections = dict(data) if isinstance(data, Mapping) else {"section": data}
     check_options({"seed": seed, **options})
+    if is_number(validation):
+        check_share("validation", validation, "[0, 0.9)")
     for_maps = {
         "map_key": map_key, "image_key": image_key, "low_res": low_res, "labels_key": labels_key, "prompt": prompt,
         "tile": tile,
