@@ -38,7 +38,7 @@ from stgen._checks import (
 )
 from stgen.data import Batch, StepSampler, with_each
 
-__all__ = ["Dataset", "Trainable", "check_device", "check_options", "fit"]
+__all__ = ["Dataset", "Trainable", "check_device", "fit"]
 
 MOST_WORKERS = 256
 
