@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "token": 2,
     },
     "Interpolate": {"factor": 4},
+    "KernelRegression": {},
     "LinearProbe": {"embedding_dim": 4},
     "PixelProbe": {"factor": 4},
     "RegressionUNet": TINY_MAPS,
@@ -156,7 +157,7 @@ def huge_size(folder: Path, rng: np.random.Generator) -> None:
     entry = json.loads((folder / CONFIG).read_text())
     names = (
         sorted(SIZES & entry["config"].keys())
-        if entry["class"] not in ("Interpolate", "TrainingMean", "Retrieval")
+        if entry["class"] not in ("Interpolate", "KernelRegression", "TrainingMean", "Retrieval")
         else []
     )
     if not names:  # no size of these decides a shape

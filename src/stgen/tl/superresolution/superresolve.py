@@ -213,7 +213,8 @@ def superresolve(
     check_uses(given, labels_key=labels_key, prompt=prompt, low_res=low_res, layer=layer)
     if given is not None:
         given.check_sampling(steps, solver)
-        given.check_weights()
+        if given.fitted:
+            given.check_weights()
     if own and tile is not None:
         check_whole("tile", tile)
     low_res = _low_res(sdata, low_res, given, own=own)
