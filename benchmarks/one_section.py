@@ -18,7 +18,6 @@ import os
 import resource
 import tempfile
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +32,7 @@ import stgen
 from stgen import datasets, pp, tl
 from stgen._spatial.grid import Grid
 from stgen._spatial.measured import measurement_of
+from stgen.features import bin_features
 from stgen.kriging import NOISE, matern
 
 RESULTS = Path(__file__).parent / "results"
@@ -272,16 +272,15 @@ def truth(*, shuffled: bool = False) -> None:
 
 def simple_maps(sdata: sd.SpatialData, grid: Grid, spots: object, low: int, high: int) -> dict[str, np.ndarray]:
     """Kriging, probe, and kriging of the probe's errors, on the features that the model without a model sees."""
-    from stgen.tl.superresolution.section_input import MeasuredSection
-
-    section = MeasuredSection.of(
-        sdata, "stains", "spots_counts", None, bin_um=None, factor=None, like="true_map", mpp=None
-    )
     y = np.log1p(spots.counts)
-    features = section.features(progress=False)
-    places = replace(section, kept=np.arange(len(spots))).places(features)
-    center, spread = places.features.mean(0), places.features.std(0).clip(1e-9)
-    x = np.clip((places.features - center) / spread, -4, 4)
+    px_per_bin = max(1, round(grid.bin_um / 2))
+    read = grid.image_window(sdata, "stains", px_per_bin=px_per_bin)
+    features = bin_features(read, grid.height, grid.width, bin_um=grid.bin_um, px_per_bin=px_per_bin)
+    footprints = spots.footprints
+    seen_area = footprints.pool(np.ones((1, grid.height, grid.width), np.float32))
+    of_spots = footprints.pool(features) / np.maximum(seen_area, 1e-6)
+    center, spread = of_spots.mean(0), of_spots.std(0).clip(1e-9)
+    x = np.clip((of_spots - center) / spread, -4, 4)
     rows, columns = np.mgrid[low:high, : grid.width] + 0.5
     xy = np.column_stack([columns.ravel(), rows.ravel()]) / spots.footprints.pitch
     out = {

@@ -69,7 +69,8 @@ def predict_expression(
         An AnnData (scanpy/squidpy Visium convention, or one that carries an embedding in ``obsm``), or a SpatialData.
         A SpatialData without a table is an H&E slide: a grid of tiles over its tissue is made and predicted.
     model
-        A fitted model, a folder that ``model.save`` wrote, or a Hugging Face Hub id. ``None``, or a model that is not
+        A fitted model, a folder that ``model.save`` wrote, or a Hugging Face Hub id; a
+        :class:`stgen.models.KernelRegression` reads the image itself and needs no embedding. ``None``, or another model that is not
         fitted, **cross-fits on the section itself**: each of ``folds`` groups of spatial blocks is predicted by a model
         that was not fitted on it, which answers "which genes can morphology predict here?". The answer is for tissue
         beside tissue that was measured: patches reach over the borders of blocks, and the default genes are chosen on

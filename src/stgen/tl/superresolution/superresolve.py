@@ -91,7 +91,8 @@ def superresolve(
         of their genes all the same.
     model
         A fitted model for maps, a folder that ``model.save`` wrote, or a Hugging Face Hub id. ``None`` learns from this
-        section alone.
+        section alone: a :class:`stgen.models.KernelRegression` is fitted to it and applied. Pass one that is not fitted to have
+        it back fitted, to be saved or applied to other sections.
     low_res
         The low-resolution data: a map in ``sdata.images`` whose bins are whole multiples of the result's
         (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots. Without a model, by default the only
