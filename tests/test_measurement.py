@@ -487,3 +487,59 @@ def test_measurements_that_contradict_each_other_are_met_halfway(kind):
     assert (x >= 0).all()
     ratio = measurement.footprints.pool(x[0].numpy()) / (measurement.counts * noise)
     assert 0.5 < ratio.min() <= ratio.max() < 2
+
+
+# ---- rounding --------------------------------------------------------------------------------------------------------
+
+OFF_BY = [0.0, 1e-15, -1e-15, 1e-9, -1e-9, 1e-6, -1e-6, 1e-4, -1e-4]
+
+
+@pytest.mark.parametrize("off_center", OFF_BY)
+@pytest.mark.parametrize("off_side", OFF_BY)
+def test_rounding_covers_no_bin_and_loses_nothing(off_side, off_center):
+    side = 4.0 * (1 + off_side)
+    footprints = Footprints(np.array([[8.0, 8.0]]) + off_center, side, "square", np.array([16.0]))
+    for window in [(0, 0, 16, 16), (6, 6, 4, 4)]:  # the second is the square itself
+        rows, covered = footprints.coverage(*window)
+        assert (len(rows), covered.nnz) == (1, 16)
+        np.testing.assert_allclose(covered.sum(), side**2, rtol=1e-6)
+        y, x = np.divmod(covered.indices, window[3])
+        assert {*(y + window[0])} == {*(x + window[1])} == {6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("off", OFF_BY)
+def test_agreeing_leaves_what_is_beside_a_square(off):
+    outside = np.ones((16, 16), bool)
+    outside[6:10, 6:10] = False
+    square = Footprints(np.array([[8.0, 8.0]]) - off, 4.0 + off, "square", np.array([16.0]))
+    agree = Consistency(Measurement(square, np.array([[16.0]])), 0, 0, 16, 16)
+    maps = torch.full((1, 1, 16, 16), 2.0)
+    for agreed in (agree(maps)[0, 0].numpy(), agree.toward(maps)[0, 0].numpy()):
+        np.testing.assert_array_equal(agreed[outside], 2)
+        assert agreed[~outside].sum() == pytest.approx(16, rel=1e-3)
+
+
+def test_thin_parts_of_bins_that_are_no_rounding_are_covered():
+    square = Footprints(np.array([[8.0, 8.01]]), 4.0, "square", np.array([16.0]))
+    covered = square.coverage(0, 0, 16, 16)[1].toarray().reshape(16, 16)
+    np.testing.assert_allclose(covered[6:10, 10], 0.01, rtol=1e-4)
+    np.testing.assert_allclose(covered[6:10, 6], 0.99, rtol=1e-4)
+
+
+def test_a_measurement_of_places():
+    centers, area, counts = np.array([[1.0, 1.0], [1.0, 3.0]]), np.full(2, 4.0), np.array([[4.0], [8.0]])
+    expected = Measurement(Footprints(centers, 2.0, "square", area), counts)
+    for found in (
+        Measurement(counts, centers, 2.0, "square", area),
+        Measurement(counts, centers, diameter=2.0, shape="square", area=area),
+        Measurement(counts=counts, centers=centers, diameter=2.0, shape="square", area=area),
+    ):
+        np.testing.assert_array_equal(found.density, expected.density)
+        np.testing.assert_array_equal(found.centers, centers)
+        np.testing.assert_array_equal(found.area, area)
+        assert (found.diameter, found.shape, found.pitch, found.blocks) == (2.0, "square", 2.0, 2)
+        np.testing.assert_array_equal(found.pool(np.ones((1, 2, 4))), np.full((2, 1), 4))
+        np.testing.assert_array_equal(found.near(0, 0, 2, 2, 0.5), [0])
+        assert found.coverage(0, 0, 2, 4)[1].nnz == 8
+    with pytest.raises(TypeError, match="area"):
+        Measurement(counts, centers, 2.0, "square")

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from operator import attrgetter
+from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 __all__ = ["Consistency", "Footprints", "Kernel", "Measurement"]
 
 Kernel = Literal["gaussian", "nearest", "linear", "cubic"]
+Shape = Literal["square", "disc"]
+Counts = np.ndarray | sparse.csc_array
 
 WITHIN_A_PITCH = math.exp(-0.5 * (1 / 0.45) ** 2)
 """What the Gaussian kernel is at a distance of one pitch."""
@@ -39,6 +42,7 @@ NEGLIGIBLE = 1e-6  # share of a bin: less is a rounding of the places
 REACH = 3.0  # pitches beyond which a footprint does not count: the kernel is 1e-10 there
 SUBBINS = 8  # points per side of a bin that decide how much of it a disc covers
 NOTHING = 1e-6  # of what was measured: a footprint with less of a prediction has none
+ROUNDING = 1e-3  # bins: an edge so close to that of a bin lies on it
 AT_A_TIME = 4096  # footprints
 MOST_VALUES = 2e7  # in an intermediate array
 MAX_SWEEPS = 100
@@ -72,7 +76,7 @@ class Footprints:
 
     centers: np.ndarray
     diameter: float
-    shape: Literal["square", "disc"]
+    shape: Shape
     area: np.ndarray
 
     def __post_init__(self) -> None:
@@ -105,10 +109,10 @@ class Footprints:
     def blocks(self) -> int | None:
         """Side in bins, if all footprints are whole blocks of the grid at multiples of their side; else ``None``."""
         side = round(self.diameter)
-        if self.shape != "square" or side < 1 or abs(self.diameter - side) > 1e-3:
+        if self.shape != "square" or side < 1 or abs(self.diameter - side) > ROUNDING:
             return None
         corners = (self.centers - side / 2) / side
-        return side if np.abs(corners - np.round(corners)).max(initial=0) * side <= 1e-3 else None
+        return side if np.abs(corners - np.round(corners)).max(initial=0) * side <= ROUNDING else None
 
     def near(self, y0: float, x0: float, height: float, width: float, margin: float) -> np.ndarray:
         """Rows of the footprints whose centers lie in a window or at most ``margin`` bins beside it."""
@@ -122,10 +126,13 @@ class Footprints:
 
     def _inside(self, y0: float, x0: float, height: float, width: float) -> np.ndarray:
         radius = self.diameter / 2
-        return self.near(y0 + radius, x0 + radius, height - self.diameter, width - self.diameter, 1e-6)
+        return self.near(y0 + radius, x0 + radius, height - self.diameter, width - self.diameter, ROUNDING)
 
     def coverage(self, y0: int, x0: int, height: int, width: int) -> tuple[np.ndarray, sparse.csr_array]:
         """How much of each bin of a window the footprints cover that lie wholly inside it.
+
+        Edges of squares that are a thousandth of a bin beside those of bins lie on them, as rounding has it: nothing is
+        covered beyond. The shares of a square sum to its size.
 
         Returns
         -------
@@ -140,13 +147,14 @@ class Footprints:
             batches = np.array_split(rows, -(-len(rows) // AT_A_TIME))
             return sparse.vstack([self._covered(batch, y0, x0, height, width) for batch in batches], format="csr")
         n_side = int(np.ceil(self.diameter)) + 1
-        corner = np.floor(self.centers[rows] - self.diameter / 2 + 1e-9).astype(int)  # (n, 2)
-        bins = corner[:, :, None] + np.arange(n_side)  # (n, 2, side): bins along y and along x
-        offset = bins - self.centers[rows][:, :, None]
+        low, high = (self._on_edges(self.centers[rows] + side * self.diameter / 2) for side in (-1, 1))  # (n, 2)
+        bins = np.floor(low).astype(int)[:, :, None] + np.arange(n_side)  # (n, 2, side): bins along y and along x
         if self.shape == "square":
-            side = np.clip(np.minimum(offset + 1, self.diameter / 2) - np.maximum(offset, -self.diameter / 2), 0, 1)
+            side = np.clip(np.minimum(bins + 1, high[..., None]) - np.maximum(bins, low[..., None]), 0, 1)
+            side *= self.diameter / side.sum(2, keepdims=True)
             share = side[:, 0, :, None] * side[:, 1, None, :]
         else:
+            offset = bins - self.centers[rows][:, :, None]
             points = offset[..., None] + (np.arange(SUBBINS) + 0.5) / SUBBINS  # (n, 2, side, SUBBINS)
             y, x = points.reshape(len(rows), 2, n_side * SUBBINS).transpose(1, 0, 2)
             inside = y[:, :, None] ** 2 + x[:, None, :] ** 2 <= (self.diameter / 2) ** 2
@@ -159,6 +167,11 @@ class Footprints:
             (share[kept].astype(np.float32), (footprint, position[0] * width + position[1])),
             shape=(len(rows), height * width),
         )
+
+    def _on_edges(self, at: np.ndarray) -> np.ndarray:
+        """Places that are next to edges of bins, on them."""
+        edge = np.round(at)
+        return np.where(np.abs(at - edge) <= ROUNDING * min(1.0, self.diameter), edge, at)
 
     def pool(self, counts: np.ndarray) -> np.ndarray:
         """Sum a fine map over every footprint: what the measurement would have been.
@@ -190,9 +203,12 @@ class Footprints:
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Measurement:
     """Counts summed over footprints on a fine grid.
+
+    Also ``Measurement(counts, centers, diameter, shape, area)``, with the parameters of :class:`Footprints`, whose
+    ``centers``, ``diameter``, ``shape``, ``area``, ``pitch``, ``blocks``, ``pool``, ``near`` and ``coverage`` it has.
 
     Parameters
     ----------
@@ -216,11 +232,28 @@ class Measurement:
     """
 
     footprints: Footprints
-    counts: np.ndarray | sparse.csc_array
+    counts: Counts
     genes: tuple[str, ...] = ()
     total: np.ndarray | None = None
 
-    def __post_init__(self) -> None:
+    @overload
+    def __init__(
+        self, footprints: Footprints, counts: Counts, genes: tuple[str, ...] = ..., total: np.ndarray | None = ...
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self, counts: Counts, centers: np.ndarray, diameter: float, shape: Shape, area: np.ndarray
+    ) -> None: ...
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        by_places = "centers" in named or (given and not isinstance(given[0], Footprints))
+        footprints, counts, genes, total = (_by_places if by_places else _by_footprints)(*given, **named)
+        for name, value in {"footprints": footprints, "counts": counts, "genes": genes, "total": total}.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
         if self.counts.ndim != 2 or len(self.footprints) != self.counts.shape[0]:
             raise ValueError(
                 f"counts (n, G) and {len(self.footprints)} footprints do not fit together: found shape {self.counts.shape}."
@@ -253,6 +286,17 @@ class Measurement:
         centers = (np.column_stack([rows, columns]) + 0.5) * factor
         counts = np.asarray(low, np.float32)[:, rows, columns].T
         return cls(Footprints(centers, float(factor), "square", area[known]), counts, tuple(genes))
+
+    # of the footprints, see there
+    centers: ClassVar[property] = property(attrgetter("footprints.centers"))
+    diameter: ClassVar[property] = property(attrgetter("footprints.diameter"))
+    shape: ClassVar[property] = property(attrgetter("footprints.shape"))
+    area: ClassVar[property] = property(attrgetter("footprints.area"))
+    pitch: ClassVar[property] = property(attrgetter("footprints.pitch"))
+    blocks: ClassVar[property] = property(attrgetter("footprints.blocks"))
+    pool: ClassVar[property] = property(attrgetter("footprints.pool"))
+    near: ClassVar[property] = property(attrgetter("footprints.near"))
+    coverage: ClassVar[property] = property(attrgetter("footprints.coverage"))
 
     def __len__(self) -> int:
         return len(self.footprints)
@@ -419,6 +463,19 @@ class Consistency:
             ratio = self.share @ torch.where(target > 0, target / pooled.clamp(min=1e-30), torch.zeros_like(target))
             x = x * torch.where(self.outside[:, None], 1.0, ratio)
         return x.unflatten(1, (n_samples, n_genes)).permute(1, 2, 0).unflatten(2, counts.shape[2:])
+
+
+Fields = tuple[Footprints, Counts, tuple[str, ...], np.ndarray | None]
+
+
+def _by_footprints(
+    footprints: Footprints, counts: Counts, genes: tuple[str, ...] = (), total: np.ndarray | None = None
+) -> Fields:
+    return footprints, counts, genes, total
+
+
+def _by_places(counts: Counts, centers: np.ndarray, diameter: float, shape: Shape, area: np.ndarray) -> Fields:
+    return Footprints(centers, diameter, shape, area), counts, (), None
 
 
 def _torch(matrix: sparse.sparray) -> Tensor:

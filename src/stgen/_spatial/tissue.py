@@ -24,7 +24,7 @@ def tissue_near(footprints: Footprints, grid: Grid) -> np.ndarray:
     side = footprints.blocks
     if side is not None:
         for y, x in (footprints.centers // side).astype(int) * side:
-            tissue[y : y + side, x : x + side] = True
+            tissue[max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)] = True
         return tissue
     for y in range(0, grid.height, BLOCK):
         for x in range(0, grid.width, BLOCK):
