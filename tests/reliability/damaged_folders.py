@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "TrainingMean": {"embedding_dim": 4},
 }
 ODD: tuple[Any, ...] = (None, -1, 0, 10**9, 1e30, float("nan"), "x", "", [], {}, True, [1], [10**9] * 3)
-SIZES = {"blocks", "code", "depth", "embedding_dim", "gene_width", "image_channels", "layers", "text_dim", "width"}
+SIZES = {"blocks", "code", "depth", "embedding_dim", "gene_width", "image_channels", "layers", "width"}
 """Arguments that decide how large weights are."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MOST_MB = 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import dask
 from kills import JOBS
 
 LIMIT = 200  # bytes: less than any file that is written
@@ -37,6 +39,8 @@ def fails_on_a_full_disk(work: Callable[[], None]) -> str:
 
 def run_all(names: tuple[str, ...] = ("save", "streaming")) -> dict[str, list[str]]:
     """What went wrong, by job: nothing may."""
+    dask.config.set(scheduler="synchronous")  # threads do not survive a fork
+    logging.getLogger("stgen").setLevel(logging.ERROR)
     found = {}
     for name in names:
         job, wrong = JOBS[name](), []

@@ -166,7 +166,13 @@ class Compare:
             "progress": False,
         }
         made = tl.compare(
-            ["TrainingMean", "LinearProbe"], self.data, test="C", folder=folder / "runs", device="cpu", **options
+            ["TrainingMean", "LinearProbe"],
+            self.data,
+            test="C",
+            folder=folder / "runs",
+            device="cpu",
+            allow_same_patient=True,
+            **options,
         )
         (folder / "table.part").write_text(made.to_csv())
         os.replace(folder / "table.part", folder / "table.csv")

