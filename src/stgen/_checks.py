@@ -354,6 +354,8 @@ def _check_type(name: str, value: object, kind: Any) -> None:
     """Refuse a value that is not of the kind of its argument: a ValueError where a number or a choice belongs."""
     if name in ("key_added", "table_key_added") and value is not None:
         check_key(name, value)
+    if isinstance(value, str) and not value and str in {kind, *get_args(kind)} and name != "title":
+        raise ValueError(f"`{name}` must be text that is not empty.")
     kinds = {kind, *get_args(kind)}
     if int in kinds and isinstance(value, Integral) and not isinstance(value, bool):
         check_seed(value) if name == "seed" else check_whole(name, value, least=-LARGEST)

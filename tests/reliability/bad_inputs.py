@@ -211,6 +211,7 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "tl.fit.steps": ("None",),  # the preset's
     "tl.fit.batch_size": ("None",),
     "*.title": ("empty", "absent"),
+    "*.fill": ("0", "1e30"),  # a value like any other
     "*.alpha": ("0",),
     "*.guidance": ("0", "1e30"),
     "*.p_unconditional": ("0",),

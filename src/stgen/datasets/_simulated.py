@@ -348,8 +348,8 @@ def _check(seed, size_um, mpp, n_genes, patient, capture_efficiency, spot_diamet
         ("size_um", size_um, 300.0, 20000.0),
         ("mpp", mpp, 0.1, 10.0),
         ("capture_efficiency", capture_efficiency, 1e-4, 1.0),
-        ("spot_diameter_um", spot_diameter_um, 1.0, spot_pitch_um),
         ("spot_pitch_um", spot_pitch_um, 2.0, size_um / 2),
+        ("spot_diameter_um", spot_diameter_um, 1.0, spot_pitch_um),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} has to lie between {low:g} and {high:g}, found {value!r}.")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from stgen._checks import check_seed, check_whole
+from stgen._checks import check_choice, check_seed, check_whole
 from stgen.data import Batch
 from stgen.diffusion import Solver
 from stgen.models._base import Model
@@ -81,7 +81,9 @@ class FeaturePredictor:
             )
         if not model.fitted:
             raise ValueError(f"this {type(model).__name__} has not been fitted; call stgen.tl.fit(model, data) first.")
-        self.n_samples = check_whole("n_samples", n_samples) if model.stochastic else 1
+        n_samples = check_whole("n_samples", n_samples)
+        check_choice("solver", solver, get_args(Solver))
+        self.n_samples = n_samples if model.stochastic else 1
         self.steps, self.seed = check_whole("steps", steps), check_seed(seed)
         model.check_sampling(steps, solver)
         self.model, self.name, self.solver = model.eval(), type(model).__name__, solver

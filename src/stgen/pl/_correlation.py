@@ -13,6 +13,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from stgen._checks import check_types
+from stgen.pl._colors import check_cmaps
 from stgen.tl import GeneCorrelation
 
 __all__ = ["gene_correlation"]
@@ -62,6 +63,7 @@ def gene_correlation(
     >>> len(axes), axes[1].get_title()
     (2, 'truth')
     """
+    check_cmaps(cmap=cmap)
     named = _named(correlation)
     first = next(iter(named.values()))
     matrices = {_title(name, result): result.prediction for name, result in named.items()}

@@ -282,7 +282,9 @@ def _highlighted(
 def _place_masks(sdata: SpatialData, keys: list[str], system: str | None, image_key: str | None, px: int) -> tuple:
     """Window, place and shown bins of each mask, µm per unit where known, and the image beneath."""
     if image_key is not None and image_key not in sdata.images:
-        raise KeyError(f"there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
+        raise KeyError(
+            f"`image_key`: there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}."
+        )
     names = [*keys, *([] if image_key is None else [image_key])]
     system = shared_system(sdata, names, system)
     columns, corners = {}, []

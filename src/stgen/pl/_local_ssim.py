@@ -12,6 +12,7 @@ from spatialdata import SpatialData
 from stgen._checks import check_types
 from stgen._spatial.grid import Grid
 from stgen.metrics import ssim_map
+from stgen.pl._colors import check_cmaps
 from stgen.pl._map_images import _window
 from stgen.pl._panels import Column, Picture, Pixels, checked_axes, color_bar, new_axes, scale_bar
 from stgen.tl.comparison.compared import MapsCompared, known_genes
@@ -89,6 +90,7 @@ def local_ssim(
     >>> axes[0, 0].get_title(), axes[0, 0].get_xlabel()
     ('counts', 'SSIM 1.00')
     """
+    check_cmaps(cmap=cmap)
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData object, found {type(sdata).__name__}.")
     genes = [genes] if isinstance(genes, str) else list(genes)
@@ -97,7 +99,9 @@ def local_ssim(
         raise ValueError(f"`data_range` must be positive, found {data_range!r}.")
     for key in [*keys, truth_key]:
         if key not in sdata.images:
-            raise KeyError(f"there is no map {key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
+            raise KeyError(
+                f"`keys` or `truth_key`: there is no map {key!r}; sdata.images has {', '.join(map(repr, sdata.images))}."
+            )
     if not keys:
         raise ValueError("`keys` is empty; name at least one predicted map.")
     compared = {key: MapsCompared.find(sdata, key, truth_key, transform) for key in keys}

@@ -126,7 +126,7 @@ def _shown(
     for key in [*keys, *([] if truth_key is None else [truth_key])]:
         if key not in sdata.images:
             raise KeyError(
-                f"there is no map {key!r}; sdata.images has {', '.join(map(repr, sdata.images))}. "
+                f"`keys`: there is no map {key!r}; sdata.images has {', '.join(map(repr, sdata.images))}. "
                 f"stgen.tl.superresolve(sdata, ..., key_added={key!r}) makes one of a low-resolution measurement, "
                 "stgen.pp.rasterize of molecules or cells."
             )
@@ -135,7 +135,9 @@ def _shown(
                 f"{key!r} is the spread of {key.removesuffix('_std')!r}: name that one; the panel 'spread' is drawn beside it."
             )
     if image_key is not None and image_key not in sdata.images:
-        raise KeyError(f"there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}.")
+        raise KeyError(
+            f"`image_key`: there is no image {image_key!r}; sdata.images has {', '.join(map(repr, sdata.images))}."
+        )
     if low_res is not None and low_res not in sdata.images and low_res not in sdata.tables:
         raise KeyError(
             f"there is no map or table {low_res!r}; the images are {', '.join(map(repr, sdata.images))}, the tables "

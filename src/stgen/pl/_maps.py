@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from stgen._checks import check_types
+from stgen._checks import check_share, check_types
+from stgen.pl._colors import check_cmaps
 from stgen.pl._map_images import picture_of_maps
 from stgen.pl._map_tables import picture_of_table
 from stgen.pl._panels import Scale, draw
@@ -157,6 +158,9 @@ def maps(
         "coordinate_system": coordinate_system,
         "normalize": normalize or None,
     }
+    check_cmaps(cmap=cmap, spread_cmap=spread_cmap, error_cmap=error_cmap)
+    if alpha is not None:
+        check_share("alpha", alpha, "[0, 1]")
     for_tables: dict[str, Any] = {
         "table_key": table_key, "shapes_key": shapes_key, "truth_layer": truth_layer, "mpp": mpp, "spot_um": spot_um
     }  # fmt: skip

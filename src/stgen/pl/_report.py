@@ -139,7 +139,7 @@ def _result(sdata: SpatialData, key: str) -> _Result:
     if key not in sdata.images or key not in records:
         found = [name for name, entry in records.items() if entry.get("statistic") == "expected"]
         raise KeyError(
-            f"there is no map {key!r} with a record of how it was made; results of stgen.tl.superresolve are "
+            f"`key`: there is no map {key!r} with a record of how it was made; results of stgen.tl.superresolve are "
             f"{listed(found)}."
         )
     record = records[key]

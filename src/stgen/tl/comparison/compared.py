@@ -137,7 +137,7 @@ class TableCompared:
         for name in (None if alone else key, truth_key):
             if name is not None and name != "X" and name not in table.layers:
                 raise KeyError(
-                    f"there is no layer {name!r} in the table, and no map of this name; its layers are "
+                    f"`keys` or `truth_key`: there is no layer {name!r} in the table, and no map of this name; its layers are "
                     f"{', '.join(map(repr, table.layers)) or 'none'}. Pass a layer's name, 'X', or table_key=."
                 )
         if is_result and transform not in (None, entry["transform"]):
