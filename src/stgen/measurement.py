@@ -189,6 +189,11 @@ class Footprints:
         covered = self._covered(np.arange(len(self)), 0, 0, height, width)
         return covered @ np.nan_to_num(np.asarray(counts, np.float64)).reshape(n_genes, -1).T
 
+    def covers(self, height: int, width: int) -> np.ndarray:
+        """Which bins of a grid they cover, if only in part, shape ``(height, width)``."""
+        covered = self._covered(np.arange(len(self)), 0, 0, height, width)
+        return np.asarray(covered.sum(0)).reshape(height, width) > 0
+
     def reached(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """Which bins of a window lie within about one pitch of one of them, shape ``(height, width)``."""
         near = self.near(y0, x0, height, width, REACH * self.pitch)

@@ -412,10 +412,15 @@ def affine_to(element: Any, system: str) -> tuple[np.ndarray, float]:
     scale = float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
     if not (np.isfinite(scale) and scale > 0):
         raise ValueError(f"The transformation to {system!r} is singular: {matrix.tolist()}.")
-    axes = np.linalg.norm(matrix[:2, :2], axis=0)
+    axes, most = np.linalg.norm(matrix[:2, :2], axis=0), np.linalg.svd(matrix[:2, :2], compute_uv=False)
     if axes.max() > 1.05 * axes.min():
         raise ValueError(
             f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be square."
+        )
+    if most[0] > 1.05 * most[1]:
+        raise ValueError(
+            f"The transformation to {system!r} stretches one direction by {most[0]:.4g} and the one across it by "
+            f"{most[1]:.4g}; pixels must be square."
         )
     return matrix, scale
 

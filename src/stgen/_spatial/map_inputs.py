@@ -279,10 +279,14 @@ class MapElements:
             tissue, where = tissue_of_image(self.image, to_pixels, grid), f"the image {self.image_key!r}"
         else:
             tissue, where = tissue_near(measurement.footprints, grid), "the low-resolution data"
-            if reach and to_pixels is not None:
+            if to_pixels is not None and (reach or self.spots is not None):
                 mpp = float(grid.bin_um / np.sqrt(abs(np.linalg.det(to_pixels[:2, :2]))))
-                shown = tissue_of_image(self._in_pixels.with_mpp(mpp), to_pixels, grid)
-                tissue = with_tissue_around(tissue, shown, measurement.footprints, reach)
+                image = self._in_pixels.with_mpp(mpp)
+                shown = tissue_of_image(image, to_pixels, grid)
+                if image.n_channels == 3 and shown.any():  # bare glass is not dark, as other images may be
+                    tissue &= shown | measurement.footprints.covers(grid.height, grid.width)
+                if reach:
+                    tissue = with_tissue_around(tissue, shown, measurement.footprints, reach)
         if to_pixels is not None:
             tissue = tissue & known_bins(self._in_pixels, to_pixels, grid)
         check_some_tissue(tissue, where)

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 from stgen._checks import listed
 from stgen._spatial.counts import get_counts
 from stgen._spatial.grid import TOLERANCE, Grid, corners_of, get_map, map_counts_checked
 from stgen._spatial.image import affine_to
+from stgen._spatial.platforms import named_bins
 from stgen._spatial.section import Locations, annotated_region, locate
 from stgen.measurement import Footprints, Measurement
 
@@ -142,11 +144,18 @@ def _block_of(sdata: SpatialData, low_res: str, grid: Grid, system: str) -> tupl
 
 
 def footprints_of(spots: Locations, low_res: str, grid: Grid) -> Footprints:
-    """What the rows of a table measured, on a finer grid: circles of one size, or squares of one size along it."""
+    """What the rows of a table measured, on a finer grid: circles of one size, or squares of one size along it.
+
+    Circles that are named as bins of Visium HD are (``square_016um``) were squares as wide as they are.
+    """
     centers = np.ascontiguousarray(grid.from_system(spots.xy, spots.system))
     if spots.diameter is not None:
         unit = np.sqrt(abs(np.linalg.det(grid.to_system(spots.system)[:2, :2])))
         diameter = float(spots.diameter / unit)
+        if named_bins(spots.region):  # circles stand for squares that touch one another
+            if _along(centers):
+                return Footprints(centers, diameter, "square", np.full(len(centers), diameter**2))
+            diameter *= 2 / np.sqrt(np.pi)  # of discs of the same area
         return Footprints(centers, diameter, "disc", np.full(len(centers), np.pi * (diameter / 2) ** 2))
     to_bins = np.linalg.inv(grid.to_system(spots.system)) @ affine_to(spots.element, spots.system)[0]
     side = _side_of_squares(spots.element, to_bins)
@@ -157,6 +166,15 @@ def footprints_of(spots: Locations, low_res: str, grid: Grid) -> Footprints:
             f"of it: stgen.pp.rasterize(sdata, table_key={low_res!r}, ...)."
         )
     return Footprints(centers, side, "square", np.full(len(centers), side**2))
+
+
+def _along(centers: np.ndarray) -> bool:
+    """Whether neighbors lie beside one another along the axes."""
+    if len(centers) < 2:
+        return True
+    neighbor = cKDTree(centers).query(centers, k=2)[1][:, 1]
+    step = np.abs(centers[neighbor] - centers)
+    return bool(np.median(step.min(1)) < 0.01 * np.median(step.max(1)))
 
 
 def _side_of_squares(element: Any, to_bins: np.ndarray) -> float | None:

@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 
 from stgen._spatial.image import affine_to
 
-__all__ = ["mpp_from_pitch", "spot_diameter", "spot_pitch", "um_per_unit_of_bins"]
+__all__ = ["mpp_from_pitch", "named_bins", "spot_diameter", "spot_pitch", "um_per_unit_of_bins"]
 
 logger = logging.getLogger("stgen")
 
@@ -32,13 +32,19 @@ def spot_pitch(xy: np.ndarray) -> tuple[float, bool]:
     return pitch, bool(six.mean() > 0.3)
 
 
+def named_bins(key: str) -> int | None:
+    """Side in µm of the bins of Visium HD, from the name of their element (``square_016um``); None for other names."""
+    named = re.search(r"square_(\d{3})um$", key)
+    return None if named is None else int(named[1])
+
+
 def um_per_unit_of_bins(element: Any, key: str, system: str) -> float | None:
     """µm per unit of a coordinate system, from bins named after their side, as those of Visium HD (``square_016um``)."""
-    named = re.search(r"square_(\d{3})um$", key)
-    if named is None or not hasattr(element, "geometry"):
+    um = named_bins(key)
+    if um is None or not hasattr(element, "geometry"):
         return None
     side = 2 * element["radius"] if "radius" in element.columns else np.sqrt(element.area)
-    return float(int(named[1]) / (side.median() * affine_to(element, system)[1]))
+    return float(um / (side.median() * affine_to(element, system)[1]))
 
 
 def spot_diameter(xy: np.ndarray, stated: float | None) -> float | None:
