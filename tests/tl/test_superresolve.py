@@ -713,22 +713,23 @@ def test_a_store_with_other_things_is_never_replaced(section, model, tmp_path):
 class Failing(Local):
     """Fails in its second window."""
 
-    calls = 0
+    calls, error = 0, KeyboardInterrupt
 
     def sample(self, *args, **kwargs):
         self.calls += 1
         if self.calls == 2:
-            raise KeyboardInterrupt
+            raise self.error
         return super().sample(*args, **kwargs)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_nothing_is_left_of_a_run_that_fails(section, model, tmp_path, streamed):
+@pytest.mark.parametrize(("streamed", "error"), [(False, KeyboardInterrupt), (True, RuntimeError)])
+def test_nothing_is_left_of_a_run_that_fails(section, model, tmp_path, monkeypatch, streamed, error):
+    monkeypatch.setattr(Failing, "error", error)
     store = tmp_path / "result.zarr" if streamed else None
     superresolve(section, model=model, low_res="low", store=store, **QUICK)
     before = values_of(section)
     attrs, elements = dict(section.attrs["stgen"]), {key: element for _, key, element in section.gen_elements()}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         superresolve(section, model=Failing(), low_res="low", store=store, tile=16, overwrite=True, seed=5, **QUICK)
     assert section.attrs["stgen"] == attrs
     assert {key: element for _, key, element in section.gen_elements()}.keys() == elements.keys()

@@ -49,7 +49,7 @@ class KernelSampler:
         self.n_samples = options.n_samples if drawn else 0
         self.measurement = applied.inputs.measurement if options.consistency else None
         self._plan()
-        self._reports: list[tuple[np.ndarray, pd.DataFrame]] = []
+        self._reports: dict[int, tuple[np.ndarray, pd.DataFrame]] = {}  # of parts, by their first gene
         self._part: tuple[slice, GeneFields, Measurement | None] | None = None
 
     def _plan(self) -> None:
@@ -76,9 +76,9 @@ class KernelSampler:
                 number = {gene: i for i, gene in enumerate(self.measurement.genes)}
                 measured = self.measurement.of_genes([number[name] for name in names])
             self._part = part, genes, measured
-            if self.applied.section is not None:
+            if self.applied.section is not None and part.start not in self._reports:
                 predicted, scores = genes.out_of_fold()
-                self._reports.append((predicted, pd.DataFrame(scores, index=names)))
+                self._reports[part.start] = predicted, pd.DataFrame(scores, index=names)
         return self._part[1:]
 
     def maps(self, window: Rectangle, part: slice) -> WindowMaps:
@@ -121,7 +121,7 @@ class KernelSampler:
         return {
             "n_spots": len(section.rows),
             "n_spots_left_out": len(section.measurement) - len(section.rows),
-            "n_trusted": int(sum(scores["trusted"].sum() for _, scores in self._reports)),
+            "n_trusted": int(sum(scores["trusted"].sum() for _, scores in self._all_reports())),
             **regression.summary(self.applied.pitch * self.applied.inputs.bin_um),
         }  # fmt: skip
 
@@ -129,8 +129,15 @@ class KernelSampler:
         """Each of the section's own spots, predicted from the others."""
         if self.applied.section is None:
             return None
-        predicted, scores = zip(*self._reports, strict=True)
+        predicted, scores = zip(*self._all_reports(), strict=True)
         return SpotReport(self.applied.section.rows, np.hstack(predicted), pd.concat(scores))
+
+    def _all_reports(self) -> list[tuple[np.ndarray, pd.DataFrame]]:
+        """Those of all parts; of parts without a map that was made here, too."""
+        for part in self.parts:
+            if part.start not in self._reports:
+                self._kriged(part)
+        return [self._reports[part.start] for part in self.parts]
 
 
 def agreeing(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import errno
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import dask.array as da
@@ -24,6 +23,8 @@ from stgen._spatial.records import check_new_key, record, write_image
 from stgen._spatial.section import OUT_OF_FOLD
 from stgen.data import MapInputs
 from stgen.sampling import SpotReport
+from stgen.tl.superresolution.streaming import WorkFolder, settle
+from stgen.windows import Window
 
 __all__ = ["TABLE", "MapResult", "check_result_keys", "check_store", "is_result", "spot_table"]
 
@@ -73,6 +74,7 @@ def check_store(
     store = Path(store).absolute()
     if not store.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {store.parent} to make the store {store.name!r} in.")
+    settle(store)
     if not store.exists():
         return store
     if not overwrite:
@@ -84,6 +86,12 @@ def check_store(
             f"{', '.join(sorted(used)) or 'the object itself'} of `sdata` is read from {store}, which is thus not replaced; "
             "pass another store=."
         )
+    _check_replaceable(store)
+    return store
+
+
+def _check_replaceable(store: Path) -> None:
+    """Refuse a folder that holds something else than results."""
     try:
         there = SpatialData.read(store)
     except Exception as error:  # whatever zarr says of what is no store
@@ -94,7 +102,6 @@ def check_store(
             f"{store} also holds {', '.join(foreign[:5])}, which {FUNCTION} did not make, and is not replaced; pass "
             "another store=."
         )
-    return store
 
 
 def _reads(element: Any, store: Path) -> bool:
@@ -108,6 +115,8 @@ def _reads(element: Any, store: Path) -> bool:
 class MapResult:
     """Mean, spread and samples of maps, filled piece by piece; a context that leaves nothing behind if it fails.
 
+    On the way to a store, what is done outlives an interrupt and the end of the process, and is gone on from.
+
     Parameters
     ----------
     grid
@@ -120,8 +129,8 @@ class MapResult:
         Name of the result.
     keep_samples
         Whether to keep the samples.
-    store
-        Path of the store to be made; ``None`` keeps the result in memory.
+    work
+        Where a store is made; ``None`` keeps the result in memory.
     tile
         Side in bins of the pieces, which makes good chunks on the way to the store.
     total
@@ -136,11 +145,11 @@ class MapResult:
         key_added: str,
         *,
         keep_samples: bool,
-        store: Path | None,
+        work: WorkFolder | None,
         tile: int,
         total: bool = False,
     ) -> None:
-        self.grid, self.genes, self.key_added, self.store = grid, list(genes), key_added, store
+        self.grid, self.genes, self.key_added, self._work = grid, list(genes), key_added, work
         self._tile, self.n_samples = tile, n_samples
         self._shapes: dict[str, tuple[int, ...]] = {"": (len(genes), grid.height, grid.width)}
         if n_samples > 1:
@@ -151,25 +160,46 @@ class MapResult:
             self._shapes["_total"] = (1, grid.height, grid.width)
 
     def __enter__(self) -> MapResult:
-        self._folder = None
-        if self.store is not None:
-            self._folder = Path(mkdtemp(prefix=f".{self.store.name}-", dir=self.store.parent))
-        self._arrays = {suffix: self._empty(suffix, shape) for suffix, shape in self._shapes.items()}
+        try:
+            if self._work is not None:
+                self._work.open()
+            self._arrays = {suffix: self._array(suffix, shape) for suffix, shape in self._shapes.items()}
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if self._work is None:
+            return
+        self._work.close(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"there is no space left to make the store {self._work.store}; what was made of it is removed. Free some space, "
+                "or pass another store=",
+            ) from error
 
-    def _empty(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray | zarr.Array:
-        """An array of NaN, on disk if the result goes there."""
-        if self._folder is None:
+    def _array(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray | zarr.Array:
+        """An array of NaN, or with what is done of it, on disk if the result goes there."""
+        if self._work is None:
             return np.full(shape, np.nan, np.float32)
+        path = self._work.path / "arrays" / f"array{suffix}"
+        if path.exists():
+            return zarr.open_array(str(path), mode="r+")
         chunks = (min(GENES_PER_CHUNK, shape[0]), *[1] * (len(shape) - 3), *(min(self._tile, n) for n in shape[-2:]))
         return zarr.create_array(
-            str(self._folder / f"array{suffix}"), shape=shape, chunks=chunks, dtype="float32", fill_value=np.nan,
-            compressors=None,
+            str(path), shape=shape, chunks=chunks, dtype="float32", fill_value=np.nan, compressors=None,
         )  # fmt: skip
+
+    def is_done(self, part: slice, window: Window) -> bool:
+        """Whether an earlier call put some of the genes in a window."""
+        return self._work is not None and self._work.is_done(part, window)
+
+    def set_done(self, part: slice, window: Window) -> None:
+        """Note that they are all put."""
+        if self._work is not None:
+            self._work.set_done(part, window)
 
     def put(self, maps: Iterable[np.ndarray], kept: np.ndarray, y: int, x: int, genes: slice = slice(None)) -> None:
         """Write the piece at row ``y`` and column ``x`` of some of the genes, where ``kept`` (h, w) says so.
@@ -214,10 +244,10 @@ class MapResult:
                 result.tables[table_key] = table
             record(result, table_key, {**entry, "statistic": OUT_OF_FOLD})
         entries = result.attrs["stgen"]
-        if self._folder is not None and self.store is not None:
+        if self._work is not None:
             with _without_region():
-                result.write(self._folder / "result.zarr")
-                result = self._publish(self._folder, self.store)
+                result.write(self._work.new)
+                result = _published(self._work)
         earlier = [f"{self.key_added}{suffix}" for suffix in (*SUFFIXES, TABLE)]
         kept = {key: value for key, value in sdata.attrs.get("stgen", {}).items() if key not in earlier}
         for key in earlier:
@@ -243,20 +273,17 @@ class MapResult:
         lazy = da.from_zarr(array)
         return lazy.rechunk((*[1] * (lazy.ndim - 2), *(min(CHUNK, n) for n in lazy.shape[-2:])))
 
-    @staticmethod
-    def _publish(folder: Path, store: Path) -> SpatialData:
-        """Move the finished store to its place, and read it there."""
-        old = folder / "old"
-        if store.exists():
-            store.rename(old)
-        try:
-            (folder / "result.zarr").rename(store)
-            return SpatialData.read(store)
-        except BaseException:
-            shutil.rmtree(store, ignore_errors=True)
-            if old.exists():
-                old.rename(store)
-            raise
+
+def _published(work: WorkFolder) -> SpatialData:
+    """Move the finished store to its place, and read it there."""
+    if work.store.exists() and work.overwrite:
+        _check_replaceable(work.store)
+    work.publish()
+    try:
+        return SpatialData.read(work.store)
+    except BaseException:
+        work.withdraw()
+        raise
 
 
 def spot_table(elements: MapElements, inputs: MapInputs, report: SpotReport) -> AnnData:

@@ -27,6 +27,7 @@ from stgen.tl.fitting.fit import fit_in_place
 from stgen.tl.fitting.maps import check_uses
 from stgen.tl.fitting.sections import spots_of
 from stgen.tl.superresolution.result import MapResult, check_result_keys, check_store, spot_table
+from stgen.tl.superresolution.streaming import WorkFolder, signature_of
 from stgen.train import check_device
 from stgen.windows import bounds_of
 
@@ -133,7 +134,10 @@ def superresolve(
         Random seed.
     store
         Path of a new SpatialData store to which the result is streamed. With a model, memory then does not grow with the section;
-        without one, the features of the whole image are held, about 600 bytes per bin.
+        without one, the features of the whole image are held, about 600 bytes per bin. It is made in a folder beside it,
+        ``.<name>.part``, and appears when it is whole. If the process is killed or interrupted, the same call goes on from the
+        windows that are done, to the same bits; a call with anything else that matters starts anew. A second process that
+        writes to the same store is refused.
     mpp
         µm per pixel of the image's finest level, where neither a micrometer coordinate system nor the 100 µm pitch of Visium
         spots tells.
@@ -183,7 +187,7 @@ def superresolve(
         If the encoder of the prompt cannot be loaded.
     ValueError
         If the model is not a fitted model for maps, or image, low-resolution data and model do not fit together, keys
-        or the store exist, or a parameter is impossible; without a model, if there are fewer than 30 spots, or two in one
+        or the store exist, another process writes to the store, or a parameter is impossible; without a model, if there are fewer than 30 spots, or two in one
         place, or the maps do not fit in memory. Nothing is written then.
 
     Examples
@@ -247,9 +251,11 @@ def superresolve(
     )  # fmt: skip
     sampler = maker.sampler(inputs, genes, options)
 
-    target = shallow_copy(sdata) if copy else sdata
+    target, work = shallow_copy(sdata) if copy else sdata, None
+    if store is not None:
+        work = WorkFolder(store, signature_of(maker, inputs, sampler, options), overwrite=overwrite)
     with MapResult(
-        grid, genes, sampler.n_samples, key_added, keep_samples=keep_samples, store=store, tile=sampler.tiling.tile,
+        grid, genes, sampler.n_samples, key_added, keep_samples=keep_samples, work=work, tile=sampler.tiling.tile,
         total=sampler.has_total,
     ) as result:  # fmt: skip
         _make(sampler, inputs, result, f"superresolve with {type(maker).__name__}", progress=progress)
@@ -271,7 +277,7 @@ def superresolve(
 
 
 def _make(sampler: MapSampler, inputs: MapInputs, result: MapResult, name: str, *, progress: bool) -> None:
-    """Make all windows of all genes and put them into the result: the one loop."""
+    """Make all windows of all genes that are not done and put them into the result: the one loop."""
     windows, tiling = sampler.tiling.windows(inputs.tissue), sampler.tiling
     bar = tqdm(
         total=len(sampler.parts) * len(windows), desc=name, unit="window", **({} if progress else {"disable": True})
@@ -279,12 +285,14 @@ def _make(sampler: MapSampler, inputs: MapInputs, result: MapResult, name: str, 
     with sampler.ready(), bar:
         for part in sampler.parts:
             for window in windows:
-                top, left, *_ = window.outer
-                (y, x), kept = bounds_of(tiling.kept(window) & inputs.tissue_in(window.outer))
-                maps, total = sampler.maps(window.outer, part)
-                result.put((values[:, y, x] for values in maps), kept, top + y.start, left + x.start, part)
-                if total is not None:
-                    result.put_total(total[:, y, x], kept, top + y.start, left + x.start)
+                if not result.is_done(part, window):
+                    top, left, *_ = window.outer
+                    (y, x), kept = bounds_of(tiling.kept(window) & inputs.tissue_in(window.outer))
+                    maps, total = sampler.maps(window.outer, part)
+                    result.put((values[:, y, x] for values in maps), kept, top + y.start, left + x.start, part)
+                    if total is not None:
+                        result.put_total(total[:, y, x], kept, top + y.start, left + x.start)
+                    result.set_done(part, window)
                 bar.update()
 
 
