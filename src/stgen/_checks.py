@@ -360,7 +360,8 @@ def _check_type(name: str, value: object, kind: Any) -> None:
     if int in kinds and isinstance(value, Integral) and not isinstance(value, bool):
         check_seed(value) if name == "seed" else check_whole(name, value, least=-LARGEST)
     if name == "mpp" or name.endswith("_um"):
-        for size in value if isinstance(value, tuple | list) else [value]:
+        sizes: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
+        for size in sizes:
             if is_number(size) and abs(size) > FARTHEST_UM:
                 raise ValueError(f"`{name}` must be in µm, at most {FARTHEST_UM:g}; found {shown(value)}.")
     if _fits(value, kind):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ __all__ = ["Consistency", "Footprints", "Kernel", "Measurement"]
 
 Kernel = Literal["gaussian", "nearest", "linear", "cubic"]
 Shape = Literal["square", "disc"]
-Counts = np.ndarray | sparse.csc_array
+Counts: TypeAlias = "np.ndarray | sparse.csc_array"
 
 WITHIN_A_PITCH = math.exp(-0.5 * (1 / 0.45) ** 2)
 """What the Gaussian kernel is at a distance of one pitch."""
