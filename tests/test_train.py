@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import stgen.train
+from stgen import models
 from stgen.data import SpotData, StepSampler
 from stgen.models import Stem
 from stgen.train import check_device, fit
@@ -501,3 +503,141 @@ def test_a_gpu_is_made_current_only_where_it_is_numbered(monkeypatch, device, ch
     monkeypatch.setattr(accelerate, "Accelerator", dict)
     assert train._accelerator(device, None) == {"cpu": False, "mixed_precision": "bf16"}
     assert made_current == chosen
+
+
+# ---- what cannot work, and what diverges ----------------------------------------------------------------------------
+
+NAN = float("nan")
+IMPOSSIBLE = [
+    {"steps": 0}, {"steps": -1}, {"steps": 2.0}, {"batch_size": 0}, {"batch_size": True}, {"lr": NAN}, {"lr": float("inf")},
+    {"lr": -1.0}, {"lr": "0.1"}, {"weight_decay": NAN}, {"ema_decay": NAN}, {"ema_decay": 2.0}, {"ema_decay": -1.0},
+    {"max_grad_norm": -1.0}, {"max_grad_norm": NAN}, {"evaluate_every": 0}, {"evaluate_every": 1.5}, {"patience": -1},
+    {"num_workers": -1}, {"num_workers": 10**6}, {"precision": "bf8"}, {"seed": -1}, {"progress": "no"}, {"checkpoint": ""},
+    {"checkpoint": 3}, {"stepz": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", IMPOSSIBLE, ids=str)
+def test_options_that_cannot_work_are_refused_before_any_work(wrong):
+    model = runs.model()
+    before = weights(model)
+    (name,) = wrong
+    with pytest.raises((ValueError, TypeError), match=name):
+        model.fit(*runs.data(), **{**OPTIONS, **wrong})
+    assert_same(weights(model), before)
+    assert model.training
+
+
+@pytest.mark.parametrize("baseline", [models.TrainingMean, models.LinearProbe, models.Retrieval])
+def test_a_fit_without_steps_refuses_options_of_one_with_steps(baseline):
+    model = baseline(["A", "B", "C"], embedding_dim=runs.data()[0].h.shape[-1])
+    before = weights(model)
+    with pytest.raises(TypeError, match=rf"the fit of {baseline.__name__} takes no option 'steps'\. Its options are"):
+        model.fit(runs.data()[0], steps=4)
+    assert_same(weights(model), before)
+
+
+def nan_from(model, step):
+    """Make the training loss NaN from that step on, counted from 1."""
+    count, loss = 0, model.loss
+
+    def wrapped(batch):
+        nonlocal count
+        count += model.training
+        return {k: v * NAN if model.training and count >= step else v for k, v in loss(batch).items()}
+
+    model.loss = wrapped
+    return model
+
+
+def test_diverged_training_says_where_and_keeps_the_last_good_weights(tmp_path):
+    until = runs.model()
+    until.fit(*runs.data(), **{**OPTIONS, "steps": 8})
+    model = nan_from(runs.model(), 11)
+    with pytest.raises(
+        ValueError, match=r"diverged: the loss is nan in step 11\. Lower lr .* last good state is in .*run"
+    ):
+        model.fit(*runs.data(), checkpoint=tmp_path / "run", **OPTIONS)
+    assert not model.fitted
+    assert not model.training
+    assert_same(weights(model), weights(until))
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["step"] == 8
+
+
+def test_training_that_diverges_at_once_ends_with_finite_weights():
+    model = runs.model()
+    with pytest.raises(ValueError, match=r"diverged: the loss is (inf|nan) in step [23]\."):
+        model.fit(*runs.data(), **{**OPTIONS, "lr": 1e30})
+    assert all(bool(torch.isfinite(value).all()) for value in weights(model).values())
+
+
+def test_weights_that_are_no_numbers_give_no_samples():
+    model = runs.model()
+    model.fit(*runs.data(), **{**OPTIONS, "steps": 4})
+    with torch.no_grad():
+        next(model.parameters()).fill_(NAN)
+    with pytest.raises(ValueError, match=r"this Stem gives values that are NaN or infinite, and its weights are, too"):
+        model.sample({"h": runs.data()[0].h[:2, 0]}, steps=2)
+
+
+# ---- damaged checkpoints --------------------------------------------------------------------------------------------
+
+
+def other_step(folder):
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
+
+
+def other_byte(folder):
+    path = folder / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "json cut off": ("state.json", lambda f: (f / "state.json").write_text('{"step": 4')),
+    "json of another kind": ("state.json", lambda f: (f / "state.json").write_text("[1]")),
+    "json empty of all": ("state.json", lambda f: (f / "state.json").write_text("{}")),
+    "no json": ("state.json", lambda f: (f / "state.json").unlink()),
+    "another number": ("state.json", other_step),
+    "tensors cut off": ("state.safetensors", lambda f: os.truncate(f / "state.safetensors", 100)),
+    "no tensors": ("state.safetensors", lambda f: (f / "state.safetensors").unlink()),
+    "another bit": ("state.safetensors", other_byte),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint(tmp_path, damage):
+    train, folder = runs.data()[0], tmp_path / "run"
+    options = {**OPTIONS, "steps": 4, "checkpoint": folder}
+    fit(small(), train, **options)
+    name, change = DAMAGE[damage]
+    change(folder)
+    model = small()
+    before, content = weights(model), {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=rf"run/{name} is damaged .* Delete the folder .*run to start anew"):
+        fit(model, train, **options)
+    assert_same(weights(model), before)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+
+
+def test_leftovers_of_a_killed_checkpoint_are_cleared_and_nothing_else(tmp_path):
+    train, options = runs.data()[0], {**OPTIONS, "steps": 4, "checkpoint": tmp_path / "run"}
+    fit(small(), train, **options)
+    for end in ("new", "old"):
+        shutil.copytree(tmp_path / "run", tmp_path / f"run.{end}")
+    fit(small(), train, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "run.new").mkdir()
+    (tmp_path / "run.new" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"run.new holds files that are no checkpoint \(thesis.txt\)"):
+        fit(small(), train, **options)
+    assert (tmp_path / "run.new" / "thesis.txt").exists()
+
+
+def test_fewer_steps_than_the_checkpoint_has(tmp_path):
+    train, options = runs.data()[0], {**OPTIONS, "checkpoint": tmp_path / "run"}
+    fit(small(), train, **{**options, "steps": 8})
+    with pytest.raises(ValueError, match=r"is at step 8, beyond steps=4"):
+        fit(small(), train, **{**options, "steps": 4})

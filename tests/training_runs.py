@@ -88,13 +88,13 @@ def dies_while_writing_weights(folder: Path) -> None:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    stgen.train.save_file = wrapped
+    stgen._checkpoint.save_file = wrapped
     model().fit(*data(), checkpoint=folder, **OPTIONS)
 
 
 def dies_in_the_first_checkpoint(folder: Path) -> None:
     """Before there was any checkpoint to go back to."""
-    stgen.train.save_file = lambda tensors, path: die()
+    stgen._checkpoint.save_file = lambda tensors, path: die()
     model().fit(*data(), checkpoint=folder, **OPTIONS)
 
 
@@ -109,13 +109,13 @@ def dies_between_the_two_renames(folder: Path) -> None:
             die()
         replace(source, target)
 
-    stgen.train.os.replace = wrapped
+    stgen._checkpoint.os.replace = wrapped
     model().fit(*data(), checkpoint=folder, **OPTIONS)
 
 
 def dies_before_clearing_away(folder: Path) -> None:
     """In the third checkpoint, complete but for the removal of the old one."""
-    rmtree = stgen.train.shutil.rmtree
+    rmtree = stgen._checkpoint.shutil.rmtree
     count = 0
 
     def wrapped(path, ignore_errors=False):
@@ -125,7 +125,7 @@ def dies_before_clearing_away(folder: Path) -> None:
             die()
         rmtree(path, ignore_errors=ignore_errors)
 
-    stgen.train.shutil.rmtree = wrapped
+    stgen._checkpoint.shutil.rmtree = wrapped
     model().fit(*data(), checkpoint=folder, **OPTIONS)
 
 

@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from stgen._checks import (
-    check_choice,
-    check_flag,
-    check_not_negative,
-    check_positive,
-    check_seed,
-    check_share,
-    check_text,
-    check_whole,
-    unknown_option,
-)
+from stgen._checkpoint import SCALARS, TENSORS, damaged, read, repair, write
+from stgen._training_options import check_device, check_options
 from stgen.data import Batch, StepSampler, with_each
 
 __all__ = ["Dataset", "Trainable", "check_device", "fit"]
-
-MOST_WORKERS = 256
 
 logger = logging.getLogger("stgen")
 
@@ -160,8 +145,9 @@ def fit(
     Raises
     ------
     ValueError
-        If the device is unknown, ``checkpoint`` belongs to another run, or ``batch_size`` is below the number of
-        processes.
+        If an option cannot work, the device is unknown, ``checkpoint`` is damaged or belongs to another run, or
+        ``batch_size`` is below the number of processes: the model is then as it was. If training diverges: the model
+        then has the moving average that validated best, or else was noted last, and the checkpoint is the last good one.
 
     Examples
     --------
@@ -176,11 +162,13 @@ def fit(
     [2]
     """
     check_options(
+        type(model).__name__,
         {
             "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "ema_decay": ema_decay,
-            "max_grad_norm": max_grad_norm, "evaluate_every": evaluate_every, "patience": patience, "checkpoint": checkpoint,
-            "seed": seed, "device": device, "precision": precision, "num_workers": num_workers, "progress": progress,
-        }
+            "max_grad_norm": max_grad_norm, "evaluate_every": evaluate_every, "patience": patience,
+            "checkpoint": checkpoint, "seed": seed, "device": device, "precision": precision,
+            "num_workers": num_workers, "progress": progress,
+        },
     )  # fmt: skip
     accelerator = _accelerator(device, precision)
     if batch_size < accelerator.num_processes:
@@ -196,7 +184,7 @@ def fit(
     }  # fmt: skip
     state = _State(model, accelerator, lr=lr, weight_decay=weight_decay, ema_decay=ema_decay, signature=signature)
     if checkpoint is not None:
-        state.restore(Path(checkpoint))
+        state.restore(Path(checkpoint), steps)
     loader: Any = DataLoader(
         train,  # type: ignore[arg-type]  # which wants torch's own class, and uses no more than the protocol
         batch_sampler=_Shard(
@@ -218,10 +206,19 @@ def fit(
                 if state.step % evaluate_every == 0 or state.step == steps:
                     state.evaluate(validation, batch_size, seed, patience)
                     bar.set_postfix({k: f"{v[-1]:.3f}" for k, v in state.history.items() if k != "step"})
-                    if checkpoint is not None and accelerator.is_main_process:
-                        state.save(Path(checkpoint))
+                    if checkpoint is not None:
+                        if accelerator.is_main_process:
+                            state.save(Path(checkpoint))
+                        accelerator.wait_for_everyone()
                     if state.stopped:
                         break
+    except _DivergedError as error:
+        state.fall_back()
+        kept = "" if checkpoint is None else f" The last good state is in {checkpoint}."
+        raise ValueError(
+            f"training of {type(model).__name__} diverged: {error}. Lower lr (now {lr:g}) or max_grad_norm (now "
+            f"{max_grad_norm}), or look for extreme values in the data.{kept}"
+        ) from None
     except KeyboardInterrupt:
         if checkpoint is not None:
             logger.warning("interrupted; the same call continues from the last checkpoint in %s.", checkpoint)
@@ -230,48 +227,6 @@ def fit(
         state.release()
     state.finish()
     return state.history
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of :func:`fit` that do not exist or cannot work, before anything has begun.
-
-    Raises
-    ------
-    TypeError
-        If there is no such option.
-    ValueError
-        If one cannot work.
-    """
-    known = {name: p for name, p in signature(fit).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
-    error = unknown_option("stgen.train.fit", options, known)
-    if error is not None:
-        raise error
-    for name, value in options.items():
-        if value is not None or "None" not in str(known[name].annotation):
-            _CHECKS[name](name, value)
-
-
-def _check_folder(name: str, value: object) -> None:
-    if not isinstance(value, Path):
-        check_text(name, value)
-
-
-_CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "steps": check_whole,
-    "batch_size": check_whole,
-    "lr": check_not_negative,
-    "weight_decay": check_not_negative,
-    "ema_decay": check_share,
-    "max_grad_norm": partial(check_positive, unit=""),
-    "evaluate_every": check_whole,
-    "patience": check_whole,
-    "checkpoint": _check_folder,
-    "seed": lambda name, value: check_seed(value),
-    "device": lambda name, value: check_device(value),
-    "precision": partial(check_choice, choices=("no", "bf16", "fp16")),
-    "num_workers": partial(check_whole, least=0, most=MOST_WORKERS),
-    "progress": check_flag,
-}
 
 
 class _State:
@@ -298,6 +253,7 @@ class _State:
         self.ema = EMAModel(self.parameters, decay=ema_decay)
         self.step, self.stale, self.best_loss, self.stopped = 0, 0, float("inf"), False
         self.best: list[Tensor] | None = None
+        self.good = {k: v.clone() for k, v in model.state_dict().items()}  # averaged, when last found to be finite
         self.history: History = {"step": []}
         self.recent: list[dict[str, float]] = []
 
@@ -306,6 +262,9 @@ class _State:
         batch = with_each(batch, lambda value: value.to(self.accelerator.device))
         with self.accelerator.autocast():
             losses = self.wrapped(batch)
+        value = float(losses["loss"].detach())
+        if not math.isfinite(value):
+            raise _DivergedError(f"the loss is {value} in step {self.step + 1}")
         self.accelerator.backward(losses["loss"] + losses.get("discriminator", 0))  # each reaches its own weights only
         if max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm)  # first undoes a scale, of all gradients
@@ -318,11 +277,16 @@ class _State:
 
     def evaluate(self, validation: Dataset | None, batch_size: int, seed: int, patience: int | None) -> None:
         """Note the mean losses since the last evaluation, and the validation loss of the averaged weights."""
+        if not all(bool(p.isfinite().all()) for p in (*self.model.state_dict().values(), *self.ema.shadow_params)):
+            raise _DivergedError(
+                f"weights are NaN or infinite after step {self.step}, loss {self.recent[-1]['loss']:.4g}"
+            )
         self.history["step"].append(self.step)
         for name in self.recent[0]:
             self.history.setdefault(name, []).append(float(np.mean([losses[name] for losses in self.recent])))
         self.recent = []
         if validation is None or len(validation) == 0:
+            self.note_good()
             return
         with self.averaged_weights():
             loss = self.validation_loss(validation, batch_size, seed)
@@ -330,6 +294,9 @@ class _State:
             from accelerate.utils import broadcast
 
             loss = float(broadcast(torch.tensor(loss, dtype=torch.float64, device=self.accelerator.device)))
+        if not math.isfinite(loss):
+            raise _DivergedError(f"the validation loss is {loss} after step {self.step}")
+        self.note_good()
         self.history.setdefault("validation", []).append(loss)
         if loss < self.best_loss:
             self.best_loss, self.stale = loss, 0
@@ -364,6 +331,17 @@ class _State:
                 total += float(self.model.loss(batch)["loss"]) * len(items)
         return total / len(validation)
 
+    def note_good(self) -> None:
+        """Remember weights that are numbers: the averaged ones, with all else that the model holds."""
+        with self.averaged_weights():
+            self.good = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    def fall_back(self) -> None:
+        """Give the model the last weights that were good."""
+        self.model.load_state_dict(self.good)
+        if self.best is not None:
+            self.finish()
+
     def finish(self) -> None:
         """Give the model the weights to keep."""
         for parameter, value in zip(self.parameters, self.best or self.ema.shadow_params, strict=True):
@@ -385,36 +363,17 @@ class _State:
         tensors |= {f"best.{i}": v for i, v in enumerate(self.best or ())}
         for i, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-        scalars = {name: getattr(self, name) for name in ("step", "stale", "best_loss", "stopped", "history")}
-        new = folder.with_name(folder.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / "state.safetensors")
-        (new / "state.json").write_text(json.dumps({"signature": self.signature, **scalars}))
-        if folder.exists():
-            old = folder.with_name(folder.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-            os.replace(new, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, folder)
+        scalars = {"signature": self.signature, **{name: getattr(self, name) for name in SCALARS}}
+        write(folder, scalars, {k: v.detach().cpu().contiguous() for k, v in tensors.items()})
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, steps: int) -> None:
         """Continue from a checkpoint if there is one."""
-        old = folder.with_name(folder.name + ".old")
-        if not folder.exists() and old.exists():  # killed between the two renames of `save`
-            os.replace(old, folder)
-        if folder.exists():
-            foreign = {path.name for path in folder.iterdir()} - {"state.json", "state.safetensors"}
-            if foreign:  # `save` replaces the folder as a whole
-                raise ValueError(
-                    f"{folder} holds files that are no checkpoint ({', '.join(sorted(foreign)[:5])}) and would be "
-                    "replaced. Name a folder of its own for `checkpoint`."
-                )
-        if not (folder / "state.json").exists():
+        if self.accelerator.is_main_process:
+            repair(folder)
+        self.accelerator.wait_for_everyone()
+        if not folder.exists() or not any(folder.iterdir()):
             return
-        scalars: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        scalars, tensors = read(folder)
         before = scalars.pop("signature")
         differing = [k for k, v in json.loads(json.dumps(self.signature)).items() if before.get(k) != v]
         if differing:
@@ -422,23 +381,47 @@ class _State:
                 f"the checkpoint in {folder} belongs to another run (different: {', '.join(differing)}). "
                 "Name another folder, or delete it to start anew."
             )
-        for name, value in scalars.items():
-            setattr(self, name, value)
-        tensors = load_file(folder / "state.safetensors", device=str(self.accelerator.device))
+        if scalars["step"] > steps:
+            raise ValueError(
+                f"the checkpoint in {folder} is at step {scalars['step']}, beyond steps={steps}. Pass as many steps or more, "
+                "name another folder, or delete it to start anew."
+            )
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "best": {}, "optimizer": {}}
         for name, value in tensors.items():
             group, rest = name.split(".", 1)
-            groups[group][rest] = value
+            groups.setdefault(group, {})[rest] = value.to(self.accelerator.device)
+        self._check_fit(folder, groups)
+        for name in SCALARS:
+            setattr(self, name, scalars[name])
         self.model.load_state_dict(groups["model"])
         self.ema.shadow_params = [groups["ema"][str(i)] for i in range(len(self.parameters))]
         self.ema.optimization_step = self.step
         self.best = [groups["best"][str(i)] for i in range(len(groups["best"]))] or None
+        self.note_good()
         content = self.optimizer.state_dict()
         for name, value in groups["optimizer"].items():
             i, slot = name.split(".")
             content["state"].setdefault(int(i), {})[slot] = value
         self.optimizer.load_state_dict(content)
         logger.info("continuing from step %d in %s.", self.step, folder)
+
+    def _check_fit(self, folder: Path, groups: dict[str, dict[str, Tensor]]) -> None:
+        """Refuse tensors that are not those of this run, before any of them is taken."""
+        averaged = {str(i): p.shape for i, p in enumerate(self.parameters)}
+        of_steps = {str(i): p.shape for i, p in enumerate([*self.parameters, *self.opposed])}
+        wanted = {"model": {k: v.shape for k, v in self.model.state_dict().items()}, "ema": averaged}
+        wanted["best"] = averaged if groups["best"] else {}
+        for group, shapes in wanted.items():
+            if {k: v.shape for k, v in groups[group].items()} != shapes:
+                raise damaged(folder / TENSORS, f"the tensors {group}.* are not those of this model")
+        for name, value in groups["optimizer"].items():
+            number, _, _ = name.partition(".")
+            if number not in of_steps or value.shape not in (of_steps[number], torch.Size([])):
+                raise damaged(folder / TENSORS, f"the tensor optimizer.{name} is not of this model")
+
+
+class _DivergedError(Exception):
+    """Losses or weights are no numbers any more."""
 
 
 class _Shard:
@@ -457,29 +440,6 @@ class _Shard:
 def _seed(seed: int, step: int, process: int) -> int:
     """A seed for one step of one process, unrelated to its neighbors'."""
     return int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def check_device(device: str | torch.device | None) -> torch.device:
-    """The named device; by default a GPU if there is one, else the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the name means nothing to torch, or the machine has no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(device, str | torch.device):
-        raise TypeError(f"`device` must be the name of a device or None, found {device!r}.")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(
-            f"`device`: unknown or absent device {device!r}; this machine has {', '.join(here)}."
-        ) from error
-    return found
 
 
 def _accelerator(device: str | None, precision: str | None) -> Any:

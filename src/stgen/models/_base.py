@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
-from inspect import isabstract
+from inspect import Parameter, isabstract, signature
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stgen import train as training
 from stgen._checks import check_genes, is_sequence
+from stgen._training_options import COMMON_OPTIONS, check_options
 from stgen.data import Batch
 from stgen.diffusion import Diffusion, Generators, Solver, centered_noise
 from stgen.models import _card, _folder
@@ -125,6 +126,34 @@ class Model(nn.Module, ABC, Generic[T]):
         project: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Draw samples given a batch's conditions, shape ``(B, n_samples, G, ...)``, on the scale ``transform``."""
+
+    def check_options(self, **options: Any) -> None:
+        """Refuse options that :meth:`fit` does not take and values that cannot work, before any work.
+
+        Unless a class says otherwise, options are the keywords of its :meth:`fit`, and what any fit may be told:
+        ``seed``, ``device``, ``progress``.
+        """
+        own = {k for k, p in signature(type(self).fit).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
+        known = COMMON_OPTIONS | {k: lambda *_: None for k in own - set(COMMON_OPTIONS)}
+        check_options(type(self).__name__, options, known)
+
+    def finite(self, samples: Tensor) -> Tensor:
+        """The samples, if all of them are numbers.
+
+        Raises
+        ------
+        ValueError
+            If a value is NaN or infinite.
+        """
+        if bool(torch.isfinite(samples).all()):
+            return samples
+        bad = [name for name, value in self.state_dict().items() if not bool(torch.isfinite(value).all())]
+        advice = (
+            f"its weights are, too ({', '.join(bad[:3])}): fit it anew, or load it from a folder that was saved before."
+            if bad
+            else "its weights are finite: look for extreme values in what it was given, and in what it was fitted on."
+        )
+        raise ValueError(f"this {type(self).__name__} gives values that are NaN or infinite, and {advice}")
 
     @property
     def sampling_options(self) -> dict[str, Any]:
@@ -237,6 +266,10 @@ class SteppedModel(Model[D], training.Trainable):
         preset = self.presets.get(self.config.get("preset", ""))
         return {} if preset is None else dict(preset.training)
 
+    def check_options(self, **options: Any) -> None:
+        """Refuse options that :func:`stgen.train.fit` does not take and values that cannot work, before any work."""
+        check_options(type(self).__name__, options)
+
     @abstractmethod
     def initialize(self) -> None:
         """Draw initial weights from torch's global generator."""
@@ -248,7 +281,7 @@ class SteppedModel(Model[D], training.Trainable):
         same model; a fitted one goes on from its weights.
         """
         options = {**self.training_options, **options}
-        training.check_options(options)
+        self.check_options(**options)
         if not self.fitted:
             with torch.random.fork_rng():
                 torch.manual_seed(options.get("seed", 0))
@@ -358,7 +391,7 @@ class DiffusionModel(SteppedModel[D]):
             noise=flat_noise,
             project=None if project is None else project_network,
         )
-        return self.from_network(x_0, repeated).unflatten(0, (size, n_samples))
+        return self.finite(self.from_network(x_0, repeated)).unflatten(0, (size, n_samples))
 
     @abstractmethod
     def sample_shape(self, batch: Batch) -> tuple[int, ...]:

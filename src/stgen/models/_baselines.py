@@ -47,7 +47,7 @@ class PointModel(Model[SpotData]):
         """The prediction, projected if asked, as often as samples are asked for: shape ``(B, n_samples, G)``."""
         x = self.predict(batch["h"])
         x = x if project is None else project(x)
-        return x[:, None].expand(-1, n_samples, -1)
+        return self.finite(x)[:, None].expand(-1, n_samples, -1)
 
 
 class TrainingMean(PointModel):
@@ -81,6 +81,7 @@ class TrainingMean(PointModel):
 
     def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> History:
         """Take the mean of training and validation data; there are no options."""
+        self.check_options(**options)
         self.mean.copy_(joined(train, validation).x.mean(0))
         return {}
 
@@ -150,6 +151,7 @@ class LinearProbe(PointModel):
 
     def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> History:
         """Solve on training and validation data together: validation happens inside. There are no options."""
+        self.check_options(**options)
         self.cross_fit(joined(train, validation))
         return {}
 
@@ -266,6 +268,7 @@ class Retrieval(PointModel):
 
     def fit(self, train: SpotData, validation: SpotData | None = None, **options: Any) -> History:
         """Remember training and validation data; there are no options."""
+        self.check_options(**options)
         data = joined(train, validation)
         device = self.device
         self.reference = self.standardize.fit(data.h[:, 0])(data.h[:, 0].to(device))

@@ -72,6 +72,7 @@ class Interpolate(PointMapModel):
 
     def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> History:
         """Nothing to fit; there are no options."""
+        self.check_options(**options)
         return {}
 
     def predict(self, batch: Batch) -> Tensor:
@@ -144,6 +145,7 @@ class PixelProbe(PointMapModel):
 
     def fit(self, train: MapData, validation: MapData | None = None, **options: Any) -> History:
         """Solve on training and validation tiles together: validation happens inside. There are no options."""
+        self.check_options(**options)
         h, x, group = [], [], []
         rng = np.random.default_rng(0)
         for number, data in enumerate(d for d in (train, validation) if d is not None):

@@ -168,7 +168,7 @@ class PointMapModel(MapModel):
         """The prediction, projected if asked, as often as samples are asked for: ``(B, n_samples, G, H, W)``."""
         x = self.predict(batch)
         x = x if project is None else project(x)
-        return x[:, None].expand(-1, n_samples, -1, -1, -1)
+        return self.finite(x)[:, None].expand(-1, n_samples, -1, -1, -1)
 
 
 class SteppedMapModel(MapModel, SteppedModel[MapData]):
@@ -203,6 +203,7 @@ class SteppedMapModel(MapModel, SteppedModel[MapData]):
         ValueError
             If the model cannot be trained on these tiles.
         """
+        self.check_options(**options)
         self.check_training(train, {**self.training_options, **options})
         self.fit_constants(train)
         return super().fit(train, validation, **options)

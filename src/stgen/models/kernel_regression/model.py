@@ -176,6 +176,7 @@ class KernelRegression(MapMaker[Sequence[MapInputs]]):
         ValueError
             If there is no section, or one has too few spots, two of them in one place, or an image that does not fit.
         """
+        self.check_options(**options)
         sections = [*train, *(validation or ())]
         if not sections:
             raise ValueError("a kernel regression needs at least one section to learn from.")

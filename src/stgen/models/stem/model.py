@@ -18,7 +18,7 @@ from stgen.models._layers import Standardize, timestep_embedding
 from stgen.models._options import choose
 from stgen.models.stem.networks import TransformerBlock, mlp, modulate
 from stgen.models.stem.options import PRESETS
-from stgen.train import History, check_options
+from stgen.train import History
 
 __all__ = ["Stem"]
 
@@ -107,7 +107,7 @@ class Stem(DiffusionModel[SpotData]):
         Options not given are those of the preset. With a probe, the transformer sees each training location with the
         prediction of a probe that was not fitted on it: only then are residuals, and their spread, those of new tissue.
         """
-        check_options(options)  # before any work
+        self.check_options(**options)  # before any work
         if self.options.standardize:
             self.image_scale.fit(train.h.flatten(0, 1))
         everything = joined(train, validation)

@@ -10,7 +10,7 @@ import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from stgen._checks import check_share, check_types, is_number
+from stgen._checks import check_seed, check_share, check_types
 from stgen._spatial.records import provenance
 from stgen._spatial.section import get_section, get_table
 from stgen._spatial.tables import MIN_LOCATIONS, embedding_key_of, embedding_record, expression, spatial_blocks
@@ -18,7 +18,6 @@ from stgen.data import MapData, SpotData
 from stgen.models import MapMaker, MapModel, Model
 from stgen.tl.fitting.maps import MapKeys, check_genes, cut_tiles, gather_maps, in_section, split_maps
 from stgen.tl.fitting.sections import gather_sections
-from stgen.train import check_options
 
 __all__ = ["Source", "check_training", "fit", "fit_in_place", "gather", "hold_out", "split"]
 
@@ -97,12 +96,14 @@ def fit(
 
     Raises
     ------
+    TypeError
+        If the model's fit does not take an option.
     KeyError
         If an embedding, a table, a map, an image or a gene is missing.
     ValueError
         If counts are negative or not finite, a gene is constant, locations are too few, embeddings of the sections differ, map, image
-        and low-resolution data do not fit the model or one another, or the device is unknown. The model is then as it
-        was.
+        and low-resolution data do not fit the model or one another, or an option cannot work, or
+        training diverges. The model is then as it was.
 
     Examples
     --------
@@ -116,8 +117,9 @@ def fit(
     True
     """
     sections = dict(data) if isinstance(data, Mapping) else {"section": data}
-    check_options({"seed": seed, **options})
-    if is_number(validation):
+    seed = check_seed(seed)
+    model.check_options(seed=seed, **options)
+    if isinstance(validation, int | float):
         check_share("validation", validation, "[0, 0.9)")
     for_maps = {
         "map_key": map_key, "image_key": image_key, "low_res": low_res, "labels_key": labels_key, "prompt": prompt,
@@ -272,8 +274,7 @@ def check_training(x: np.ndarray, genes: list[str]) -> None:
 
 def hold_out(blocks: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """Boolean mask of about ``share`` of the rows, in whole blocks, the same number of blocks from each section."""
-    if not 0 <= share < 0.9:
-        raise ValueError(f"`validation` must be a share in [0, 0.9), found {share}.")
+    check_share("validation", share, "[0, 0.9)")
     chosen: list[int] = []
     for section in np.unique(blocks // 1000):
         names = np.unique(blocks[blocks // 1000 == section])

@@ -14,10 +14,11 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stgen import models
-from stgen._checks import check_types
+from stgen._checks import check_choice, check_genes, check_seed, check_share, check_types, check_whole
 from stgen._spatial.records import provenance
 from stgen._spatial.section import get_section
 from stgen._spatial.tables import expression
+from stgen._training_options import check_options
 from stgen.data import Batch, group_folds
 from stgen.diffusion import Diffusion, Solver
 from stgen.models import Model
@@ -149,17 +150,17 @@ def predict_expression(
     >>> adata.layers["predicted"].shape == adata.shape
     True
     """
-    if statistic not in STATISTICS:
-        raise ValueError(f"`statistic` must be one of {', '.join(map(repr, STATISTICS))}, found {statistic!r}.")
-    if n_samples < 1:
-        raise ValueError(f"`n_samples` must be at least 1, found {n_samples}.")
-    if folds < 2:
-        raise ValueError(f"`folds` must be at least 2, found {folds}.")
+    check_choice("statistic", statistic, STATISTICS)
+    n_samples, batch_size = check_whole("n_samples", n_samples), check_whole("batch_size", batch_size)
+    folds, seed = check_whole("folds", folds, least=2), check_seed(seed)
+    genes = None if genes is None else check_genes(genes)
     device = str(check_device(device))
     if isinstance(model, str | Path):
         model = models.load(model)
     if model is not None and model.fitted and fit_options:
         raise ValueError("the model is fitted already, so `fit_options` have no use; construct a new one to fit anew.")
+    if model is None or not model.fitted:
+        _check_fit_options(model, fit_options or {})
     if model is not None and model.takes == "maps":
         raise ValueError(f"{type(model).__name__} makes maps; call stgen.tl.superresolve(sdata, model=...).")
     (Diffusion() if model is None else model).check_sampling(steps, solver)
@@ -305,6 +306,16 @@ def _to_model(model: Model | None, target: Target, genes: list[str] | None, laye
         genes = select_genes(table, N_GENES, layer=layer, key_added=None, at_most=True)
     check_training(expression(table, genes, "none" if model is None else model.transform, layer=layer), genes)
     return list(genes)
+
+
+def _check_fit_options(model: Model | None, options: Mapping[str, Any]) -> None:
+    """Refuse options that the fit of the model, by default a Stem, does not take."""
+    of_model = {name: value for name, value in options.items() if name != "validation"}
+    check_share("validation", options.get("validation", 0.0), "[0, 0.9)")
+    if model is None:
+        check_options("Stem", of_model)
+    else:
+        model.check_options(**of_model)
 
 
 def _cross_fit(
