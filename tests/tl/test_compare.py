@@ -349,7 +349,7 @@ BAD = {
     "unknown model": ({"models": ["Steam"]}, ValueError, "LinearProbe, Retrieval, Stem, TrainingMean; found 'Steam'"),
     "one name": ({"models": "Stem"}, FileNotFoundError, r"pass a list: \['Stem'\]"),
     "model of maps": ({"models": ["Stem", "C3Diff"]}, ValueError, "C3Diff makes maps.*map_key"),
-    "an object": ({"models": {"m": models.TrainingMean(["A"], embedding_dim=1)}}, TypeError, "Found TrainingMean"),
+    "an object": ({"models": {"m": models.TrainingMean(["A"], embedding_dim=1)}}, TypeError, "`models` must be a list of names or a mapping.*found .*TrainingMean"),
     "label": ({"models": {"../up": "Retrieval"}}, ValueError, "names a folder.*up"),
     "key": ({"models": {"m": {"model": "Stem", "width": 8}}}, ValueError, 'found "width"'),
     "no name": ({"models": {"m": {"config": {}}}}, ValueError, "found None"),
@@ -375,7 +375,7 @@ BAD = {
     "no genes": ({"genes": 0}, ValueError, "genes"),
     "empty genes": ({"genes": []}, ValueError, "at least one gene"),
     "many genes": ({"genes": 5000}, ValueError, "smaller genes="),
-    "gene's name": ({"genes": "EPCAM"}, ValueError, "list of names"),
+    "gene's name": ({"genes": "EPCAM"}, TypeError, "list of names"),
     "unknown gene": ({"genes": ["EPCAM", "NOTAGENE"]}, KeyError, "section 'A'.*NOTAGENE"),
     "genes and options": ({"genes": ["EPCAM"], "gene_options": {"flavor": "hvg"}}, ValueError, "no `gene_options`"),
     "gene option": ({"gene_options": {"layer": "x"}}, ValueError, "found layer"),
@@ -383,7 +383,7 @@ BAD = {
     "embedding": ({"embedding_key": "X_other"}, KeyError, "section.*A.*X_other"),
     "layer": ({"layer": "other"}, KeyError, "section 'A'.*other"),
     "device": ({"device": "abacus"}, ValueError, "abacus"),
-    "one section": ({"data": "C"}, TypeError, "mapping of names"),
+    "one section": ({"data": "C"}, TypeError, "`data` must be a mapping of text to a SpatialData"),
 }  # fmt: skip
 
 

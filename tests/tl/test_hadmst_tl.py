@@ -214,7 +214,7 @@ def test_labels_of_another_shape_or_system(section, kind):
         ({"segmentation": False}, {}, ValueError, "this HaDMST does not look at labels; leave `labels_key` out"),
         ({}, {"prompt": None}, ValueError, "`prompt` must say in a few words what the image shows, .*; found None"),
         ({}, {"prompt": "  "}, ValueError, "`prompt` must say in a few words what the image shows"),
-        ({}, {"prompt": 3}, ValueError, "found 3"),
+        ({}, {"prompt": 3}, TypeError, "found 3"),
         ({}, {"prompt": "?"}, ValueError, "`prompt` holds no word of two letters or more"),
         ({"text_encoder": "none"}, {}, ValueError, "this HaDMST takes no text; leave `prompt` out"),
         ({"semantic": False}, {}, ValueError, "this HaDMST takes no text; leave `prompt` out"),
@@ -443,7 +443,7 @@ BAD = {
     "labels": ({"labels_key": None}, ValueError, "this HaDMST looks at the nuclei: pass labels_key="),
     "unknown labels": ({"labels_key": "cells2"}, KeyError, "There is no mask in sdata.labels 'cells2'"),
     "blank prompt": ({"prompt": " "}, ValueError, "`prompt` must say in a few words"),
-    "no text": ({"prompt": {"section": BREAST}}, ValueError, "`prompt` must say in a few words"),
+    "no text": ({"prompt": {"section": BREAST}}, TypeError, "`prompt` must be text or None"),
     "no words": ({"prompt": "a b c"}, ValueError, "holds no word of two letters"),
     "labels as result": ({"key_added": "nuclei", "overwrite": True}, ValueError, "nuclei"),
 }

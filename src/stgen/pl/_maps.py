@@ -30,7 +30,7 @@ def maps(
     keys: str | Sequence[str] = "predicted",
     low_res: str | None = None,
     truth_key: str | None = None,
-    panels: Sequence[Panel] | None = None,
+    panels: Panel | Sequence[Panel] | None = None,
     image_key: str | None = None,
     table_key: str | None = None,
     shapes_key: str | None = None,

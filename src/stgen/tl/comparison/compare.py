@@ -48,7 +48,7 @@ def compare(
     *,
     folder: str | Path,
     test: str | Sequence[str] | None = None,
-    patients: Mapping[str, str] | None = None,
+    patients: Mapping[str, str | int] | None = None,
     allow_same_patient: bool = False,
     genes: int | Sequence[str] = 200,
     gene_options: Mapping[str, Any] | None = None,

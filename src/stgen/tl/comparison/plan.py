@@ -32,7 +32,7 @@ def make_plan(
     data: Mapping[str, Data],
     *,
     test: str | Sequence[str] | None,
-    patients: Mapping[str, str] | None,
+    patients: Mapping[str, str | int] | None,
     allow_same_patient: bool,
     genes: int | Sequence[str],
     gene_options: Mapping[str, Any] | None,
@@ -92,7 +92,7 @@ def check_sections(data: Mapping[str, Data], names: Sequence[str], *, others: bo
 
 
 def _same_patient(
-    train: list[str], test: list[str], patients: Mapping[str, str] | None, allowed: bool
+    train: list[str], test: list[str], patients: Mapping[str, str | int] | None, allowed: bool
 ) -> dict[str, bool | None]:
     """For each test section, whether its patient is trained on; ``None`` if that is not known. Refused unless allowed."""
     if patients is None:

@@ -43,7 +43,7 @@ FINEST_PX_UM = 2.0  # of the image, where a section is all that there is to lear
 def superresolve(
     sdata: SpatialData,
     image_key: str | None = None,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     *,
     model: Model | str | Path | None = None,
     low_res: str | None = None,
@@ -354,7 +354,7 @@ def _low_res(sdata: SpatialData, low_res: str | None, maker: MapMaker[Any] | Non
 
 
 def _genes(
-    sdata: SpatialData, low_res: str | None, maker: MapMaker[Any] | None, genes: Sequence[str] | None
+    sdata: SpatialData, low_res: str | None, maker: MapMaker[Any] | None, genes: str | Sequence[str] | None
 ) -> list[str]:
     """The genes to write, each once and known to the model, or measured."""
     if maker is not None:
