@@ -102,7 +102,7 @@ def test_numbers_are_those_of_fit_predict_and_evaluate(done, data):
     kept = run_of(folder, "tiny Stem", 1)
     assert kept["weights_sha256"] == model.weights_sha256()
     per_gene = pd.DataFrame(kept["sections"]["C"]["genes"]).set_index("gene")
-    pd.testing.assert_frame_equal(per_gene, scores.genes)
+    pd.testing.assert_frame_equal(per_gene.astype(scores.genes.dtypes), scores.genes)
 
 
 def test_one_row_per_model_seed_and_section(sections, tmp_path):
@@ -132,7 +132,7 @@ def test_one_row_per_model_seed_and_section(sections, tmp_path):
 
 def test_folder_has_no_pickles_and_its_models_load(done, sections):
     folder, _ = done
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".csv", ".safetensors"}
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".csv", ".md", ".safetensors"}
     assert not list(folder.rglob("checkpoint"))
     model = models.load(folder / "runs" / "LinearProbe" / "seed_0" / "model")
     assert model.genes == content(folder)["genes"]
