@@ -343,7 +343,7 @@ def no_vector(x):
         ({"batch_size": 0}, ValueError, "`batch_size`"),
         ({"patch_um": -3}, ValueError, "`patch_um` must be positive"),
         ({"patch_px": 2.5}, ValueError, "`patch_px` must be a whole number"),
-        ({"model": ""}, ValueError, "must name at least one model"),
+        ({"model": ""}, ValueError, "`model` must be text that is not empty"),
         ({"model": 3}, TypeError, "`model` must be"),
         ({"device": "warp"}, ValueError, "absent device 'warp'"),
         ({"model": no_vector}, ValueError, r"must return a tensor \(n, d\)"),

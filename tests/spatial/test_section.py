@@ -279,7 +279,7 @@ def test_no_shared_coordinate_system():
     [
         ({"image_key": "nope"}, KeyError, "no image 'nope'; found he"),
         ({"table_key": "nope"}, KeyError, "no table 'nope'; found spot_counts"),
-        ({"shapes_key": "nope"}, KeyError, "No table annotates 'nope'"),
+        ({"shapes_key": "nope"}, KeyError, "`shapes_key`: no table annotates 'nope'"),
         ({"mpp": -1}, ValueError, "`mpp` must be a positive"),
         ({"mpp": "1"}, ValueError, "`mpp` must be a positive"),
     ],
