@@ -46,8 +46,10 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 LARGEST = 2**31 - 1
-FEWEST_SPOTS = 30
 """The largest whole number that is taken where there is no smaller limit."""
+
+FEWEST_SPOTS = 30
+"""Of a section that something is learned from."""
 
 FARTHEST_UM = 1e7
 """The largest length that is taken, ten meters: what is larger is in another unit."""

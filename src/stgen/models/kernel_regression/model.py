@@ -331,14 +331,8 @@ class KernelRegression(MapMaker[Sequence[MapInputs]]):
         expected = self._on_scale(genes, found, depth, footprints.area)
         if n_samples < 2:
             return expected, None
-        draw, drawn = applied.regression.deviations(n_samples, seed)
-        samples = [
-            self._on_scale(
-                genes, genes.changed(found, change[:, :-1], drawn[:-1]), depth + change[:, -1], footprints.area
-            )
-            for change in np.moveaxis(draw(places), 1, 0)
-        ]
-        return expected, np.std(samples, 0)
+        draws = genes.draws(places, found, depth, applied.regression.deviations(n_samples, seed))
+        return expected, np.std([self._on_scale(genes, *drawn, footprints.area) for drawn in draws], 0)
 
     def _on_scale(self, genes: GeneFields, found: np.ndarray, depth: np.ndarray, area: np.ndarray) -> np.ndarray:
         """Composition and depth of places with some area (in bins) on the scale of the model."""
@@ -370,12 +364,9 @@ class KernelRegression(MapMaker[Sequence[MapInputs]]):
         if n_samples == 1:
             return torch.as_tensor(self._on_scale(genes, found, depth, area))[:, None]
         own = generator[0] if isinstance(generator, Sequence) else generator
-        draw, drawn = others.regression.deviations(n_samples, int(torch.randint(2**31, (1,), generator=own)))
-        samples = [
-            self._on_scale(genes, genes.changed(found, change[:, :-1], drawn[:-1]), depth + change[:, -1], area)
-            for change in np.moveaxis(draw(places), 1, 0)
-        ]
-        return torch.as_tensor(np.stack(samples, 1))
+        drawn_from = int(torch.randint(2**31, (1,), generator=own))
+        draws = genes.draws(places, found, depth, others.regression.deviations(n_samples, drawn_from))
+        return torch.as_tensor(np.stack([self._on_scale(genes, *drawn, area) for drawn in draws], 1))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in DTYPES:  # their length is that of the training data

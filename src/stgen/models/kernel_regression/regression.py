@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,9 +210,13 @@ class GeneFields:
         of_others, their_depth = self.base.at(places)
         return composition + of_others, depth + their_depth
 
-    def changed(self, composition: np.ndarray, change: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """A composition ``(P, G)`` and what is drawn of the components ``(P, K)``."""
-        return composition + change @ self.loadings[drawn]
+    def draws(
+        self, places: Places, composition: np.ndarray, depth: np.ndarray, deviations: Deviations
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What may be at places instead of what is expected there (see :meth:`at`), one draw after the other."""
+        draw, drawn = deviations
+        for change in np.moveaxis(draw(places), 1, 0):
+            yield composition + change[:, :-1] @ self.loadings[drawn[:-1]], depth + change[:, -1]
 
     # ---- out of fold -------------------------------------------------------------------------------------------------
 

@@ -105,10 +105,8 @@ class KernelSampler:
 
         def maps() -> Iterator[np.ndarray]:
             if self._deviations is not None:
-                draw, drawn = self._deviations
-                for change in np.moveaxis(draw(places), 1, 0):
-                    changed = genes.changed(composition, change[:, :-1], drawn[:-1])
-                    yield shaped(genes.counts_of(changed, depth + change[:, -1]))
+                for drawn in genes.draws(places, composition, depth, self._deviations):
+                    yield shaped(genes.counts_of(*drawn))
             yield shaped(genes.counts_of(composition, depth))
 
         return maps(), shaped(genes.density(depth))

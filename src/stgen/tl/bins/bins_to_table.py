@@ -24,6 +24,7 @@ from stgen._spatial.normalized import total_of
 from stgen._spatial.records import check_free_key, made_by, provenance, record, shallow_copy
 from stgen._spatial.section import check_sdata, shared_system
 from stgen.tl.evaluation.maps import check_same_grid
+from stgen.tl.superresolution.result import FUNCTION as SUPERRESOLVED
 from stgen.tl.superresolution.result import TABLE
 from stgen.transforms import TARGET_SUM
 
@@ -149,7 +150,7 @@ def bins_to_table(
     entry = provenance(
         FUNCTION, map_key=map_key, unit=made.get("unit"), bin_um=grid.bin_um, height=grid.height, width=grid.width,
         coordinate_system=system, genes=genes, n_bins=table.n_obs, storage=storage,
-        values_in="X" if made.get("function") == "tl.superresolve" else None,
+        values_in="X" if made.get("function") == SUPERRESOLVED else None,
     )  # fmt: skip
     record(table, key_added, entry)
     table.obs.insert(0, "region", pd.Categorical([squares_key] * table.n_obs))
@@ -168,11 +169,10 @@ def bins_to_table(
 
 
 def _check_keys(sdata: SpatialData, key: str, squares_key: str, *, overwrite: bool) -> None:
-    """Refuse keys that exist, unless both are an earlier result and may go, and names that cannot be stored."""
+    """Refuse keys that exist, unless both are an earlier result and may go."""
     ours = key in sdata.tables and made_by(sdata.tables[key], key, FUNCTION)
     check_free_key(sdata, "tables", key, overwrite=overwrite, ours=ours)
     check_free_key(sdata, "shapes", squares_key, overwrite=overwrite, ours=ours)
-    SpatialData(tables={key: TableModel.parse(AnnData(np.zeros((1, 1), np.float32)))})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
-from spatialdata.transformations import Identity, get_transformation
+from spatialdata.transformations import get_transformation
 
 from stgen._checks import check_types, genes_of, listed, only_key
 from stgen._spatial.records import check_free_key, made_by, provenance, record, shallow_copy, write_image
@@ -109,7 +109,7 @@ def table_to_map(
             f"{listed(instances)}."
         )
     key_added = f"{table_key}_map" if key_added is None else key_added
-    _check_key(sdata, key_added, overwrite=overwrite)
+    check_free_key(sdata, "images", key_added, overwrite=overwrite, ours=made_by(sdata, key_added, FUNCTION))
 
     values = np.full((len(names), height * width), np.nan, np.float32)
     source = table.X if layer is None else table.layers[layer]
@@ -156,13 +156,6 @@ def _numeric_columns(table: AnnData, columns: Sequence[str]) -> list[str]:
             "stgen.pl.domains draws categories of a table as they are."
         )
     return columns
-
-
-def _check_key(sdata: SpatialData, key: str, *, overwrite: bool) -> None:
-    """Refuse a key that exists, unless it is an earlier result that may be overwritten, and names that cannot be stored."""
-    check_free_key(sdata, "images", key, overwrite=overwrite, ours=made_by(sdata, key, FUNCTION))
-    trial = SpatialData()
-    write_image(trial, key, np.zeros((1, 1, 1)), channels=["x"], transformations={"global": Identity()})
 
 
 def _dense(column) -> np.ndarray:

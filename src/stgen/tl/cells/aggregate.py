@@ -25,6 +25,7 @@ from stgen._spatial.records import check_new_key, provenance, record, shallow_co
 from stgen._spatial.section import check_sdata
 from stgen.tl.evaluation.maps import check_same_grid
 from stgen.tl.evaluation.overlap import Overlap, find_overlap
+from stgen.tl.superresolution.result import FUNCTION as SUPERRESOLVED
 
 __all__ = ["aggregate_cells"]
 
@@ -152,7 +153,7 @@ def aggregate_cells(
     if n_samples:
         table.layers[f"{key_added}_std"] = _spread(sdata, map_key, overlap, genes, n_samples)[kept]
 
-    predicted = sdata.attrs.get("stgen", {}).get(map_key, {}).get("function") == "tl.superresolve"
+    predicted = sdata.attrs.get("stgen", {}).get(map_key, {}).get("function") == SUPERRESOLVED
     entry = provenance(
         FUNCTION, map_key=map_key, cells=cells_key, unit="counts", bin_um=grid.bin_um, coordinate_system=system,
         genes=genes, min_covered=float(min_covered), n_cells=table.n_obs, n_left_out=int((~kept).sum()),

@@ -16,6 +16,7 @@ from stgen._spatial.section import find_image
 from stgen.data import MapInputs
 from stgen.models import MapMaker
 from stgen.tl.fitting.maps import in_section
+from stgen.tl.superresolution.result import FUNCTION as SUPERRESOLVED
 
 __all__ = ["gather_sections", "spots_of"]
 
@@ -52,7 +53,7 @@ def spots_of(sdata: SpatialData, low_res: str | None) -> str:
     if low_res is not None and low_res in sdata.images:
         get_map(sdata, low_res)
         return low_res
-    tables = [key for key in sdata.tables if key == low_res or not made_by(sdata, key, "tl.superresolve")]
+    tables = [key for key in sdata.tables if key == low_res or not made_by(sdata, key, SUPERRESOLVED)]
     low_res = only_key(tables, low_res, argument="low_res", what="table of spots")
     check_enough_spots(sdata.tables[low_res].n_obs, f"{sdata.tables[low_res].n_obs} in {low_res!r}")
     return low_res

@@ -26,7 +26,7 @@ from stgen.sampling import MapSampler, SamplingOptions, SpotReport
 from stgen.tl.fitting.fit import fit_in_place
 from stgen.tl.fitting.maps import check_uses
 from stgen.tl.fitting.sections import spots_of
-from stgen.tl.superresolution.result import MapResult, check_result_keys, check_store, spot_table
+from stgen.tl.superresolution.result import FUNCTION, MapResult, check_result_keys, check_store, spot_table
 from stgen.tl.superresolution.streaming import WorkFolder, signature_of
 from stgen.train import check_device
 from stgen.windows import bounds_of
@@ -262,7 +262,7 @@ def superresolve(
         report = sampler.report()
         table = None if report is None else spot_table(elements, inputs, report)
         entry = provenance(
-            "tl.superresolve", model=type(maker).__name__, weights_sha256=maker.weights_sha256(),
+            FUNCTION, model=type(maker).__name__, weights_sha256=maker.weights_sha256(),
             fitted_on=None if own else maker.record.get("sections"), image=image_key, low_res=low_res, layer=layer, like=like,
             genes=genes, unit="counts per bin", bin_um=grid.bin_um, n_samples=n_samples if maker.stochastic else 1,
             consistency=options.consistency, tile=sampler.tiling.tile, seed=seed, labels=labels_key, prompt=prompt,
