@@ -1,7 +1,7 @@
 """Checks of what a user passes, each with one wording.
 
-:func:`check_types` holds a public function to the types in its signature. What a type does not say (at least 1, a share, a
-name that exists) is said by one of the other checks in the function's first lines.
+:func:`check_types` holds a public function to the types in its signature. What a type does not say (at least 1, a
+share, a name that exists) is said by one of the other checks in the function's first lines.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def only_key(keys: Iterable[str], key: str | None, *, argument: str, what: str) 
     raise KeyError(f"There are several candidates for the {what}: {listed(keys)}. Pass {argument}=<one of them>.")
 
 
-# -- numbers -------------------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def check_whole(name: str, value: object, *, least: int = 1, most: int = LARGEST) -> int:
@@ -146,7 +146,7 @@ def check_each(name: str, values: object, check: Callable[[str, Any], T], *, lea
     return [check(f"{name}[{i}]", item) for i, item in enumerate(items)]
 
 
-# -- words ---------------------------------------------------------------------------------------------------------------
+# -- words -------------------------------------------------------------------------------------------------------------
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -258,8 +258,8 @@ def chosen_genes(genes: str | Iterable[str] | None, known: Sequence[str], where:
     unknown = [gene for gene in names if gene not in there]
     if unknown:
         raise KeyError(
-            f"{len(unknown)} of {len(names)} genes unknown to {where}: {listed(unknown)}. It has {len(known)} genes, such as "
-            f"{listed(known[:3])}."
+            f"{len(unknown)} of {len(names)} genes unknown to {where}: {listed(unknown)}. It has {len(known)} genes, "
+            f"such as {listed(known[:3])}."
         )
     return names
 
@@ -289,12 +289,12 @@ def check_enough_spots(n: int, found: str) -> None:
     """Refuse a section of which too little was measured to learn from."""
     if n < FEWEST_SPOTS:
         raise ValueError(
-            f"fewer than {FEWEST_SPOTS} spots to learn from: {found}. Nothing can be learned from so little; use a model that was "
-            "fitted on other sections: stgen.tl.superresolve(..., model=...)."
+            f"fewer than {FEWEST_SPOTS} spots to learn from: {found}. Nothing can be learned from so little; use a "
+            "model that was fitted on other sections: stgen.tl.superresolve(..., model=...)."
         )
 
 
-# -- types ---------------------------------------------------------------------------------------------------------------
+# -- types -------------------------------------------------------------------------------------------------------------
 
 
 def check_types(function: Callable[P, R], leave: Collection[str] = ()) -> Callable[P, R]:

@@ -170,8 +170,8 @@ class ImageReader(Protocol):
 class MapInputs:
     """What the maps of a section are made from, all on one grid of bins, resolved once: arrays, functions and numbers.
 
-    Models are fitted on it (:class:`MapData` cuts tiles from it) and sample from it, window by window; nothing is read of the
-    image before a window asks for it.
+    Models are fitted on it (:class:`MapData` cuts tiles from it) and sample from it, window by window; nothing is read
+    of the image before a window asks for it.
 
     Parameters
     ----------
@@ -184,14 +184,16 @@ class MapInputs:
     measurement
         The low-resolution data, if there are any.
     labels
-        The share of each pixel that lies in a nucleus, ``(1, s height, s width)`` of a window, for models that look at it.
+        The share of each pixel that lies in a nucleus, ``(1, s height, s width)`` of a window, for models that look at
+        it.
     text
         What a prompt says, ``(D,)``, for models that take one.
     truth
-        For training: counts per bin, shape ``(G, H, W)``, an array or anything that can be sliced into one (dask, zarr). NaN
-        where nothing is known.
+        For training: counts per bin, shape ``(G, H, W)``, an array or anything that can be sliced into one (dask,
+        zarr). NaN where nothing is known.
     seen
-        Which footprints of the measurement lie on the grid, and on the image if there is one, shape ``(n,)``; all by default.
+        Which footprints of the measurement lie on the grid, and on the image if there is one, shape ``(n,)``; all by
+        default.
     """
 
     tissue: np.ndarray

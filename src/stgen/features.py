@@ -59,7 +59,8 @@ def bin_features(
 
     Returns
     -------
-    float32, shape ``(D, height, width)``; for brightfield images 18 features a scale, 21 with nuclei; else 6 for each channel.
+    float32, shape ``(D, height, width)``; for brightfield images 18 features a scale, 21 with nuclei; else 6 for each
+    channel.
     """
     mpp = bin_um / px_per_bin
     margin = int(np.ceil(max(MARGIN_UM, MARGIN_PX * mpp) / bin_um))
@@ -91,9 +92,9 @@ def pixel_quantities(image: Tensor, mpp: float) -> dict[str, Tensor]:
 
     Returns
     -------
-    ``(k, y, x)`` each: ``"color"`` (optical densities for brightfield) and ``"square"`` of it; ``"structure"``, the structure
-    tensor's three parts of each stain (or channel) at each of two scales; and ``"nuclei"`` for brightfield: dark blobs as
-    large as nuclei, their area and their stain.
+    ``(k, y, x)`` each: ``"color"`` (optical densities for brightfield) and ``"square"`` of it; ``"structure"``, the
+    structure tensor's three parts of each stain (or channel) at each of two scales; and ``"nuclei"`` for brightfield:
+    dark blobs as large as nuclei, their area and their stain.
 
     Raises
     ------
@@ -164,7 +165,8 @@ def _averaged(values: np.ndarray, sigma: float) -> np.ndarray:
 def gaussian_blur(x: Tensor, sigma: float, *, radius: int | None = None, repeat_edge: bool = True) -> Tensor:
     """Average maps ``(..., y, x)`` with a Gaussian, cut off at ``radius``: by default at three standard deviations.
 
-    Beyond the border is what is at the border; without ``repeat_edge`` there is nothing, and the average is over the rest.
+    Beyond the border is what is at the border; without ``repeat_edge`` there is nothing, and the average is over the
+    rest.
     """
     mode = "nearest" if repeat_edge else "constant"
 

@@ -1,7 +1,7 @@
 """Kernels: how alike two places are by where they lie and by what they look like. They add, and are scaled.
 
-``0.25 * Matern(2.0) + 0.75 * Gaussian(0.7, features)`` is a kernel; called with two sets of places it gives the covariances
-between them.
+``0.25 * Matern(2.0) + 0.75 * Gaussian(0.7, features)`` is a kernel; called with two sets of places it gives the
+covariances between them.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Places:
     features
         Image features, shape ``(n, D)``; of a spot, the mean over its disc. None without an image.
     section
-        Number of the section that each lies in, shape ``(n,)``; negative for none. Places of different sections, and those in
-        none, are never near each other. None if there is only one section.
+        Number of the section that each lies in, shape ``(n,)``; negative for none. Places of different sections, and
+        those in none, are never near each other. None if there is only one section.
     """
 
     xy: np.ndarray

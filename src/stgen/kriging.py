@@ -1,8 +1,8 @@
 """Kriging with histology: fields over one section, from the spots measured in it and an image of the tissue.
 
-A field is a Gaussian process. Two places are alike if they are near each other (Matern kernels of several lengths) or look
-alike (kernels of image features), in a proportion that the spots decide by predicting each of them from the others. All
-of it has a closed form: nothing is trained.
+A field is a Gaussian process. Two places are alike if they are near each other (Matern kernels of several lengths) or
+look alike (kernels of image features), in a proportion that the spots decide by predicting each of them from the
+others. All of it has a closed form: nothing is trained.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Spectrum:
     ) -> np.ndarray:
         """What is wrong with each spot when it, or its group, is predicted from all others: ``(n, G)``.
 
-        With the inverse covariance C, what is left of a group S solves ``C_SS e = (C y)_S``; of a single spot, it is ``(C y)_i /
-        C_ii`` (Dubrule, 1983).
+        With the inverse covariance C, what is left of a group S solves ``C_SS e = (C y)_S``; of a single spot, it is
+        ``(C y)_i / C_ii`` (Dubrule, 1983).
 
         Parameters
         ----------
@@ -128,8 +128,8 @@ class Field:
     out_of_fold
         Each spot predicted from all others, shape ``(n, G)``.
     from_image, from_neighbors
-        Of the variance of each column, the share that is predicted out of fold by what the place looks like, and by what
-        was measured around it; what remains is left to the mean. Shape ``(G,)``.
+        Of the variance of each column, the share that is predicted out of fold by what the place looks like, and by
+        what was measured around it; what remains is left to the mean. Shape ``(G,)``.
     noise
         Variance of the noise in units of the signal's, shape ``(G,)``.
     kernels
@@ -168,9 +168,9 @@ class Field:
 class Kriging:
     """Prepares the kernels between the spots of a section; :meth:`solve` then fits any number of columns.
 
-    Kernels are mixtures of one of space and one of image features, or one of these alone. For each column and kernel, the
-    noise is what predicts spots best from all others; columns are predicted by the mean over kernels, weighted by how well
-    each does that (its likelihood, were the errors Gaussian).
+    Kernels are mixtures of one of space and one of image features, or one of these alone. For each column and kernel,
+    the noise is what predicts spots best from all others; columns are predicted by the mean over kernels, weighted by
+    how well each does that (its likelihood, were the errors Gaussian).
 
     Parameters
     ----------
@@ -182,10 +182,11 @@ class Kriging:
         Columns ``(n, K)`` by which to choose kernels, where there are so many spots that not all kernels are solved
         (more than 600).
     groups
-        Number of the group (a section, or a part of one) of each spot, shape ``(n,)``, if fields are to be predicted where there
-        are no spots: then kernels are those of the image alone, each has the same weight, and noise is what predicts whole
-        groups best from the others. By default fields lie among the spots. Spots of several sections differ by an offset of each
-        (its depth, its stain), which no kernel could predict: elsewhere, the mean over sections is expected.
+        Number of the group (a section, or a part of one) of each spot, shape ``(n,)``, if fields are to be predicted
+        where there are no spots: then kernels are those of the image alone, each has the same weight, and noise is what
+        predicts whole groups best from the others. By default fields lie among the spots. Spots of several sections
+        differ by an offset of each (its depth, its stain), which no kernel could predict: elsewhere, the mean over
+        sections is expected.
     seed
         For the choice of spots on which they are tried.
 
@@ -296,8 +297,8 @@ class Kriging:
         """What spots and image leave open about some columns: random deviations from :meth:`predict`.
 
         A draw from the prior, less what kriging would make of it if it had been measured with noise: a draw from the
-        posterior (Matheron's rule; Wilson et al., 2020). All columns share the mean of their kernels here, and have their own
-        variance and noise.
+        posterior (Matheron's rule; Wilson et al., 2020). All columns share the mean of their kernels here, and have
+        their own variance and noise.
 
         Parameters
         ----------

@@ -261,7 +261,8 @@ class Measurement:
     def _check(self) -> None:
         if self.counts.ndim != 2 or len(self.footprints) != self.counts.shape[0]:
             raise ValueError(
-                f"counts (n, G) and {len(self.footprints)} footprints do not fit together: found shape {self.counts.shape}."
+                f"counts (n, G) and {len(self.footprints)} footprints do not fit together: found shape "
+                f"{self.counts.shape}."
             )
         stored = self.counts.data if sparse.issparse(self.counts) else self.counts
         if not np.isfinite(stored).all() or (np.asarray(stored) < 0).any():
@@ -394,8 +395,8 @@ class Consistency:
     y0, x0, height, width
         The window, in bins.
     tissue
-        Which of its bins are tissue, shape ``(height, width)``; what was measured lies there. All by default. Of a square
-        that was measured in part, and it is not known in which, all tissue gets the density that was measured.
+        Which of its bins are tissue, shape ``(height, width)``; what was measured lies there. All by default. Of a
+        square that was measured in part, and it is not known in which, all tissue gets the density that was measured.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """Scores of predicted expression, as pure functions over arrays.
 
 All are signed and none rescales its input: predictions and truth must be on the **same, stated scale** (for example
-``log1p(counts per 10,000)``), and a score holds for that scale only. Arrays are ``(n, G)``, locations by genes, unless a
-function says otherwise; samples of a generative model are ``(S, n, G)``. Scores come per gene, so that the caller
+``log1p(counts per 10,000)``), and a score holds for that scale only. Arrays are ``(n, G)``, locations by genes, unless
+a function says otherwise; samples of a generative model are ``(S, n, G)``. Scores come per gene, so that the caller
 decides how to average.
 """
 
@@ -148,8 +148,8 @@ def gsc(pred: np.ndarray, truth: np.ndarray) -> float:
     Parameters
     ----------
     pred
-        A prediction ``(n, G)``, or samples ``(S, n, G)``: the matrix of each sample is taken, then their mean. The matrix
-        of a mean of samples would be another thing: averaging adds co-expression that no sample has.
+        A prediction ``(n, G)``, or samples ``(S, n, G)``: the matrix of each sample is taken, then their mean. The
+        matrix of a mean of samples would be another thing: averaging adds co-expression that no sample has.
     truth
         Shape ``(n, G)``. Its matrix carries the counting noise of ``n`` locations, so that even a replicate of the
         tissue does not score 1.
@@ -241,8 +241,8 @@ def ssc(pred: np.ndarray, truth: np.ndarray, weights: sp.spmatrix | np.ndarray) 
 def coverage(samples: np.ndarray, truth: np.ndarray, level: float = 0.9) -> np.ndarray:
     """Share of locations whose truth lies in the central interval of the samples, per gene.
 
-    Fewer than 20 samples do not show where an interval ends, and no number of them shows one that is wider than all of them,
-    above ``(S - 1) / (S + 1)``: the coverage is NaN.
+    Fewer than 20 samples do not show where an interval ends, and no number of them shows one that is wider than all of
+    them, above ``(S - 1) / (S + 1)``: the coverage is NaN.
 
     Parameters
     ----------
@@ -334,8 +334,8 @@ def ssim_map(pred: np.ndarray, truth: np.ndarray, data_range: float) -> np.ndarr
 
     Returns
     -------
-    Shape ``(H, W)``, at most 1. NaN where either map is, and within 5 bins of the border, where the window does not lie on
-    the map.
+    Shape ``(H, W)``, at most 1. NaN where either map is, and within 5 bins of the border, where the window does not lie
+    on the map.
 
     Examples
     --------
@@ -370,7 +370,8 @@ def ssim_map(pred: np.ndarray, truth: np.ndarray, data_range: float) -> np.ndarr
 def label_agreement(pred: np.ndarray, truth: np.ndarray) -> dict[str, float | dict[str, float]]:
     """How well labels, such as cell types, agree with known ones.
 
-    Locations whose true label is missing (None or NaN) are left out; those whose predicted label is missing count as wrong.
+    Locations whose true label is missing (None or NaN) are left out; those whose predicted label is missing count as
+    wrong.
 
     Parameters
     ----------

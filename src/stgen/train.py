@@ -147,7 +147,8 @@ def fit(
     ValueError
         If an option cannot work, the device is unknown, ``checkpoint`` is damaged or belongs to another run, or
         ``batch_size`` is below the number of processes: the model is then as it was. If training diverges: the model
-        then has the moving average that validated best, or else was noted last, and the checkpoint is the last good one.
+        then has the moving average that validated best, or else was noted last, and the checkpoint is the last good
+        one.
 
     Examples
     --------
@@ -383,8 +384,8 @@ class _State:
             )
         if scalars["step"] > steps:
             raise ValueError(
-                f"the checkpoint in {folder} is at step {scalars['step']}, beyond steps={steps}. Pass as many steps or more, "
-                "name another folder, or delete it to start anew."
+                f"the checkpoint in {folder} is at step {scalars['step']}, beyond steps={steps}. Pass as many steps or "
+                "more, name another folder, or delete it to start anew."
             )
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "best": {}, "optimizer": {}}
         for name, value in tensors.items():

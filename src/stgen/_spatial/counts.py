@@ -93,8 +93,9 @@ def _warn_unless_whole(stored: np.ndarray, where: str) -> None:
     fractional = np.abs(sample - np.round(sample)) > 1e-3
     if fractional.size and fractional.mean() > 0.01:
         logger.warning(
-            "%s does not hold whole numbers (such as %.4g) and is taken as counts. If it is normalized or log-transformed, "
-            'put the counts into X (adata.X = adata.layers["counts"]), or pass layer="counts" to a function that takes it.',
+            "%s does not hold whole numbers (such as %.4g) and is taken as counts. If it is normalized or "
+            'log-transformed, put the counts into X (adata.X = adata.layers["counts"]), or pass layer="counts" to a '
+            "function that takes it.",
             where,
             sample[np.argmax(fractional)],
         )

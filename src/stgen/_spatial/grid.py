@@ -113,8 +113,9 @@ class Grid:
         height, width = (int(n * image.mpp / bin_um + TOLERANCE) for n in (image.height, image.width))
         if min(height, width) == 0:
             raise ValueError(
-                f"Bins of {bin_um:g} µm are larger than the image {image_key!r}, which is {image.width * image.mpp:.4g} x "
-                f"{image.height * image.mpp:.4g} µm. Pass a smaller bin_um, or check mpp."
+                f"Bins of {bin_um:g} µm are larger than the image {image_key!r}, which is "
+                f"{image.width * image.mpp:.4g} x {image.height * image.mpp:.4g} µm. Pass a smaller bin_um, or check "
+                "mpp."
             )
         return cls(height, width, float(bin_um), scaled(transformations, bin_um / image.mpp))
 
@@ -137,13 +138,14 @@ class Grid:
         um_per_unit = spots.um_per_unit() if mpp is None else mpp
         if um_per_unit is None:
             raise ValueError(
-                f"The µm per unit of the locations of {table_key!r} are not known: no coordinate system is named micrometers, "
-                "and they are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per unit>."
+                f"The µm per unit of the locations of {table_key!r} are not known: no coordinate system is named "
+                "micrometers, and they are not on a Visium grid of 100 µm pitch. Pass mpp=<µm per unit>."
             )
         unit, margin = bin_um / um_per_unit, spot_pitch(spots.xy)[0]
         if not np.isfinite(margin):
             raise ValueError(
-                f"The pitch of the {len(spots.xy)} spots of {table_key!r} is not known: fewer than 7 lie in places of their own."
+                f"The pitch of the {len(spots.xy)} spots of {table_key!r} is not known: fewer than 7 lie in places of "
+                "their own."
             )
         low, high = spots.xy.min(0) - margin, spots.xy.max(0) + margin
         width, height = np.ceil((high - low) / unit).astype(int)
@@ -214,8 +216,8 @@ class Grid:
 class ImageWindow:
     """Reads an image on a grid: ``window(y0, x0, height, width)`` in bins.
 
-    Returns float32 ``(c, height * px_per_bin, width * px_per_bin)``, in [0, 1] in transmitted light. Beyond its pixels its
-    edge is repeated. A bin has the same pixels in whatever window it is read.
+    Returns float32 ``(c, height * px_per_bin, width * px_per_bin)``, in [0, 1] in transmitted light. Beyond its pixels
+    its edge is repeated. A bin has the same pixels in whatever window it is read.
 
     An image that lies along the grid, perhaps turned by right angles or mirrored, is resampled once, at its exact
     fractional position. Any other is first read on a raster of its own with the pixel size asked for, and then
@@ -313,8 +315,8 @@ def get_map(sdata: SpatialData, map_key: str, genes: Sequence[str] | None = None
     missing = [gene for gene in genes if gene not in names]
     if missing:
         raise KeyError(
-            f"{len(missing)} of {len(genes)} genes are not in the map {map_key!r} ({listed(missing)}); its channels are "
-            f"{listed(names)}."
+            f"{len(missing)} of {len(genes)} genes are not in the map {map_key!r} ({listed(missing)}); its channels "
+            f"are {listed(names)}."
         )
     position = {name: i for i, name in enumerate(names)}
     return element.isel(c=[position[gene] for gene in genes])

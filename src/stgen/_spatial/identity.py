@@ -41,8 +41,8 @@ def check_element_ids(element: Any, key: str) -> None:
     if isinstance(index, pd.Index) and not index.is_unique:
         twice = index[index.duplicated()].unique()
         raise ValueError(
-            f"{key!r} has {len(twice)} ids (its index) more than once ({listed(twice)}), so it is not known which instance a row "
-            f"belongs to. Number them anew, and the tables that annotate it: sdata[{key!r}].index = "
+            f"{key!r} has {len(twice)} ids (its index) more than once ({listed(twice)}), so it is not known which "
+            f"instance a row belongs to. Number them anew, and the tables that annotate it: sdata[{key!r}].index = "
             f"range(len(sdata[{key!r}]))."
         )
 
@@ -53,8 +53,8 @@ def position_of(ids: pd.Series, element: Any, index: pd.Index, *, region: str, t
     Raises
     ------
     ValueError
-        If an id occurs more than once in the element or in the table, is text in one and a number in the other, or is not in
-        the element.
+        If an id occurs more than once in the element or in the table, is text in one and a number in the other, or is
+        not in the element.
     """
     check_element_ids(element, region)
     instances = pd.Index(ids)
@@ -64,23 +64,24 @@ def position_of(ids: pd.Series, element: Any, index: pd.Index, *, region: str, t
     if not instances.is_unique:
         twice = instances[instances.duplicated()].unique()
         raise ValueError(
-            f"{len(twice)} instances of {region!r} have more than one row in the table {table_key!r} ({listed(twice)} in "
-            f"{column}). Keep one row of each: table[~table.obs[{str(ids.name)!r}].duplicated()].copy()."
+            f"{len(twice)} instances of {region!r} have more than one row in the table {table_key!r} ({listed(twice)} "
+            f"in {column}). Keep one row of each: table[~table.obs[{str(ids.name)!r}].duplicated()].copy()."
         )
     here, there = _kind(instances), _kind(index)
     if {here, there} == {"text", "whole numbers"}:
         to = "int" if there == "whole numbers" else "str"
         raise ValueError(
-            f"The ids of the table {table_key!r} are {here} ({column}: {listed(map(repr, instances[:3]))}) and those of {region!r} "
-            f"are {there} ({listed(map(repr, index[:3]))}): the types must be equal. Bring them to one: table.{column} = "
-            f"table.{column}.astype({to})."
+            f"The ids of the table {table_key!r} are {here} ({column}: {listed(map(repr, instances[:3]))}) and those "
+            f"of {region!r} are {there} ({listed(map(repr, index[:3]))}): the types must be equal. Bring them to one: "
+            f"table.{column} = table.{column}.astype({to})."
         )
     position = index.get_indexer(instances)
     if (position < 0).any():
         missing = instances[position < 0]
         raise ValueError(
             f"{len(missing)} rows of the table {table_key!r} point at instances that {region!r} does not have "
-            f"({listed(missing)}). Match them with sdata.filter_by_coordinate_system or spatialdata.match_table_to_element."
+            f"({listed(missing)}). Match them with sdata.filter_by_coordinate_system or "
+            "spatialdata.match_table_to_element."
         )
     return np.asarray(position)
 

@@ -89,9 +89,9 @@ class Histology:
 
     Coordinates are pixels of the finest level: x is the column, y the row, and pixel (0, 0) covers [0, 1) x [0, 1).
 
-    What is read is a share of full scale, which is decided by content (:func:`stgen._spatial.pixels.judge_pixels`). Pixels
-    that are NaN are outside the image. They, and transparent ones, show glass in transmitted light (three colors), and no
-    light otherwise; in between, colors are laid over it.
+    What is read is a share of full scale, which is decided by content (:func:`stgen._spatial.pixels.judge_pixels`).
+    Pixels that are NaN are outside the image. They, and transparent ones, show glass in transmitted light (three
+    colors), and no light otherwise; in between, colors are laid over it.
 
     Parameters
     ----------
@@ -195,7 +195,8 @@ class Histology:
 
         Returns
         -------
-        Float32 array ``(c, h, w)``, in [0, 1] in transmitted light. Beyond the pixels of the image, its edge is repeated.
+        Float32 array ``(c, h, w)``, in [0, 1] in transmitted light. Beyond the pixels of the image, its edge is
+        repeated.
         """
         mpp = self.mpp if mpp is None else mpp
         n_y, n_x = (max(1, round(length * self.mpp / mpp)) for length in (height, width))
@@ -350,9 +351,10 @@ def check_not_indexed(image: DataArray) -> None:
         step = (at[-1] - at[0]) / (n - 1) if n > 1 else 1.0
         if abs(at[0] - 0.25) > 0.26 or abs(step - 1) * n > 0.5:
             raise ValueError(
-                f"An image was cropped or thinned out by indexing: its {n} pixels along {axis} say that they lie at {at[0]:g} to "
-                f"{at[-1]:g}, which its transformations do not know of. Crop it with spatialdata.bounding_box_query, or make "
-                "it new with its own transformations: Image2DModel.parse(image.values, transformations=...)."
+                f"An image was cropped or thinned out by indexing: its {n} pixels along {axis} say that they lie at "
+                f"{at[0]:g} to {at[-1]:g}, which its transformations do not know of. Crop it with "
+                "spatialdata.bounding_box_query, or make it new with its own transformations: "
+                "Image2DModel.parse(image.values, transformations=...)."
             )
 
 
@@ -386,8 +388,9 @@ def _misfits(name: str | None, number: int) -> tuple[str, ...]:
         return ()
     image = "The image" if name is None else f"The image {name!r}"
     return (
-        f"{image} has {number} coarser level(s) that do not show the same area as the finest, and are not read: it was cropped, or "
-        "they are other pictures. Make it new from the finest: Image2DModel.parse(..., scale_factors=[2, 2]).",
+        f"{image} has {number} coarser level(s) that do not show the same area as the finest, and are not read: it was "
+        "cropped, or they are other pictures. Make it new from the finest: Image2DModel.parse(..., scale_factors=[2, "
+        "2]).",
     )
 
 
@@ -415,7 +418,8 @@ def affine_to(element: Any, system: str) -> tuple[np.ndarray, float]:
     axes, most = np.linalg.norm(matrix[:2, :2], axis=0), np.linalg.svd(matrix[:2, :2], compute_uv=False)
     if axes.max() > 1.05 * axes.min():
         raise ValueError(
-            f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be square."
+            f"The transformation to {system!r} stretches x by {axes[0]:.4g} and y by {axes[1]:.4g}; pixels must be "
+            "square."
         )
     if most[0] > 1.05 * most[1]:
         raise ValueError(
@@ -454,7 +458,8 @@ def histology_of(sdata: SpatialData, image_key: str, *, mpp: float) -> Histology
     stated = sdata.attrs.get(STATED, {})
     if not isinstance(stated, Mapping):
         raise TypeError(
-            f'sdata.attrs["{STATED}"] must say it for each image: {{{image_key!r}: <value of full scale>}}; found {stated!r}.'
+            f'sdata.attrs["{STATED}"] must say it for each image: {{{image_key!r}: <value of full scale>}}; found '
+            f"{stated!r}."
         )
     levels = image_levels(sdata.images[image_key])
     return Histology(levels, mpp=mpp, name=image_key, full_scale=stated.get(image_key))
@@ -475,6 +480,7 @@ def image_of(
     if mpp is None:
         raise ValueError(
             f"The µm per pixel of the image {image_key!r} are not known: none of its coordinate systems "
-            f"({', '.join(systems)}) is in micrometers. Pass mpp=<µm per image pixel>, or add one: stgen.pp.name_micrometers(...)."
+            f"({', '.join(systems)}) is in micrometers. Pass mpp=<µm per image pixel>, or add one: "
+            "stgen.pp.name_micrometers(...)."
         )
     return histology_of(sdata, image_key, mpp=mpp)

@@ -38,8 +38,8 @@ def check_histology(sdata: SpatialData, key: str) -> None:
     if maker in MAKERS or genes:
         why = f"{maker} made it" if maker in MAKERS else "its channels are genes of a table"
         raise ValueError(
-            f"The image {key!r} is a map ({why}; {listed(names)}), not the histology. Pass image_key=<the picture of the "
-            f"tissue>; sdata.images has {listed(sdata.images)}."
+            f"The image {key!r} is a map ({why}; {listed(names)}), not the histology. Pass image_key=<the picture of "
+            f"the tissue>; sdata.images has {listed(sdata.images)}."
         )
 
 
@@ -56,8 +56,8 @@ def check_gene_map(element: DataArray | DataTree, key: str) -> None:
     numbered = whole and all(re.fullmatch(r"\d+", name) for name in names)
     if len(names) in (3, 4) and ({name.lower() for name in names} <= COLORS or numbered):
         raise ValueError(
-            f"The image {key!r} is a picture with the channels {listed(names)}, no map of genes. Name a map of counts, as "
-            "stgen.pp.rasterize or stgen.tl.superresolve makes one; a picture is image_key=."
+            f"The image {key!r} is a picture with the channels {listed(names)}, no map of genes. Name a map of counts, "
+            "as stgen.pp.rasterize or stgen.tl.superresolve makes one; a picture is image_key=."
         )
 
 

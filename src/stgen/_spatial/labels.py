@@ -60,10 +60,10 @@ def labels_window(
     covered = grid.covered_by(matrix, width, height)
     if covered <= 0:
         raise ValueError(
-            f"the labels {labels_key!r} ({height} x {width} pixels) and the map do not overlap in the coordinate system "
-            f"{system!r}. Correct the transformation of one of them "
-            "(spatialdata.transformations.set_transformation), or outline the nuclei of the image that goes with the map: "
-            "stgen.pp.segment_nuclei."
+            f"the labels {labels_key!r} ({height} x {width} pixels) and the map do not overlap in the coordinate "
+            f"system {system!r}. Correct the transformation of one of them "
+            "(spatialdata.transformations.set_transformation), or outline the nuclei of the image that goes with the "
+            "map: stgen.pp.segment_nuclei."
         )
     if covered < 0.9:
         logger.warning("the labels %r cover %.0f %% of the map; beyond them there are none.", labels_key, 100 * covered)
@@ -73,8 +73,8 @@ def labels_window(
 class LabelsWindow:
     """Which share of each pixel is labeled: ``window(y0, x0, height, width)`` in bins.
 
-    Returns float32 ``(1, height * px_per_bin, width * px_per_bin)``, at 2 x 2 places per pixel. Beyond the mask nothing is
-    labeled. A bin has the same values in whatever window it is read.
+    Returns float32 ``(1, height * px_per_bin, width * px_per_bin)``, at 2 x 2 places per pixel. Beyond the mask nothing
+    is labeled. A bin has the same values in whatever window it is read.
 
     Parameters
     ----------

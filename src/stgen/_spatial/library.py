@@ -116,10 +116,12 @@ class Library:
             allowed = 0.02 * np.maximum(here / own, there / its) + 2 / own + 2 / its
             if (apart > allowed).any():
                 raise ValueError(
-                    f"The images {key!r} and {other!r} do not show the same area: by their scale factors, {own:.6g} and {its:.6g}, "
-                    f"{key!r} covers {here[1] / own:.0f} x {here[0] / own:.0f} full-resolution pixels and {other!r} "
-                    f"{there[1] / its:.0f} x {there[0] / its:.0f}. One of them was cropped or resized. Correct its "
-                    f'"tissue_<image>_scalef", put the whole image back, or remove the other one: del adata.uns["spatial"]'
+                    f"The images {key!r} and {other!r} do not show the same area: by their scale factors, {own:.6g} "
+                    f"and {its:.6g}, {key!r} covers {here[1] / own:.0f} x {here[0] / own:.0f} full-resolution pixels "
+                    f"and {other!r} {there[1] / its:.0f} x {there[0] / its:.0f}. One of them was cropped or resized. "
+                    "Correct its "
+                    '"tissue_<image>_scalef", put the whole image back, or remove the other one: del '
+                    'adata.uns["spatial"]'
                     f"[{self.name!r}]['images'][{other!r}]."
                 )
 
@@ -153,8 +155,8 @@ class Library:
             )
         if array.ndim == 3 and array.shape[2] > 4 and array.shape[0] in (1, 3, 4):
             raise ValueError(
-                f"The image {key!r} must have the shape (y, x, channels), found {array.shape}, whose channels come first. "
-                f"Move them: {of} = np.moveaxis({of}, 0, -1)."
+                f"The image {key!r} must have the shape (y, x, channels), found {array.shape}, whose channels come "
+                f"first. Move them: {of} = np.moveaxis({of}, 0, -1)."
             )
         if array.ndim != 3:
             raise ValueError(f"The image {key!r} must have the shape (y, x, channels), found {array.shape}.")
@@ -179,8 +181,8 @@ class Library:
         for name, scale in self.scales.items():
             if scale < 0.95 and size > 1.5 and 0.4 < size * scale < 1.1:
                 raise ValueError(
-                    f'obsm["spatial"] is in pixels of the image {name!r}, not in full-resolution pixels: the locations are '
-                    f"{pitch:.4g} apart and {size * pitch:.4g} wide. Divide them by the scale factor: "
+                    f'obsm["spatial"] is in pixels of the image {name!r}, not in full-resolution pixels: the '
+                    f"locations are {pitch:.4g} apart and {size * pitch:.4g} wide. Divide them by the scale factor: "
                     f'adata.obsm["spatial"] = adata.obsm["spatial"] / {scale:.6g}.'
                 )
 
@@ -252,7 +254,8 @@ def _check_one_sample(table: AnnData, library: str) -> None:
             raise _several(ids, found, library)
         if found and found[0] != library and "library" != library:
             logger.warning(
-                'obs[%r] is %r and the only library of uns["spatial"] %r: make sure that its images are those of this section.',
+                'obs[%r] is %r and the only library of uns["spatial"] %r: make sure that its images are those of this '
+                'section.',
                 ids, found[0], library,
             )  # fmt: skip
     for name in SAMPLES:
@@ -266,9 +269,12 @@ def _check_one_sample(table: AnnData, library: str) -> None:
 
 def _several(column: str, found: list[str], library: str) -> ValueError:
     return ValueError(
-        f'obs[{column!r}] names {len(found)} samples ({listed(found)}), and uns["spatial"] has one library, {library!r}: its image '
-        f"would be taken for all of them. Split the table, and give each part its own image: {{name: adata[adata.obs[{column!r}] == "
-        f'name].copy() for name in {found[:3]}}}, and in each part adata.uns["spatial"] = {{name: <the library of that sample>}}.'
+        f'obs[{column!r}] names {len(found)} samples ({listed(found)}), and uns["spatial"] has one library, '
+        f"{library!r}: its image "
+        f"would be taken for all of them. Split the table, and give each part its own image: {{name: "
+        f"adata[adata.obs[{column!r}] == "
+        "name].copy() for name in "
+        f'{found[:3]}}}, and in each part adata.uns["spatial"] = {{name: <the library of that sample>}}.'
     )
 
 
@@ -313,8 +319,10 @@ def coordinates_of(table: AnnData) -> np.ndarray:
         names = _columns_of(values)
         if names is None and not all(str(column).isdigit() for column in values.columns):
             raise ValueError(
-                f'obsm["spatial"] is a table with the columns {listed(values.columns)}, and it is not known which of them are '
-                'x (column) and y (row) in full-resolution pixels. Name them: adata.obsm["spatial"] = adata.obsm["spatial"]'
+                f'obsm["spatial"] is a table with the columns {listed(values.columns)}, and it is not known which of '
+                "them are "
+                'x (column) and y (row) in full-resolution pixels. Name them: adata.obsm["spatial"] = '
+                'adata.obsm["spatial"]'
                 "[[<x>, <y>]].to_numpy()."
             )
         values = values if names is None else values[names]
@@ -340,6 +348,7 @@ def as_xy(values: Any, where: str) -> np.ndarray:
     bad = ~np.isfinite(xy).all(1)
     if bad.any():
         raise ValueError(
-            f"{where} has {int(bad.sum())} rows without finite coordinates (first: row {int(np.argmax(bad))}); drop them."
+            f"{where} has {int(bad.sum())} rows without finite coordinates (first: row {int(np.argmax(bad))}); drop "
+            "them."
         )
     return xy

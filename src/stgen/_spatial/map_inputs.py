@@ -35,8 +35,8 @@ logger = logging.getLogger("stgen")
 class MapElements:
     """The elements of a section from which its maps are made, and the coordinate system in which they meet.
 
-    This is the one place that knows of the object and its keys: what it resolves (:meth:`inputs`) is arrays, functions and
-    numbers.
+    This is the one place that knows of the object and its keys: what it resolves (:meth:`inputs`) is arrays, functions
+    and numbers.
     """
 
     sdata: SpatialData
@@ -253,8 +253,8 @@ class MapElements:
         other = self.map_key or self.low_res or "the grid"
         if covered <= 0:
             raise ValueError(
-                f"the image {self.image_key!r} and {other!r} do not overlap in the coordinate system {self.system!r}. Correct "
-                "the transformation of one of them: spatialdata.transformations.set_transformation."
+                f"the image {self.image_key!r} and {other!r} do not overlap in the coordinate system {self.system!r}. "
+                "Correct the transformation of one of them: spatialdata.transformations.set_transformation."
             )
         if covered < 0.9:
             logger.warning(

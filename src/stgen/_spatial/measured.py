@@ -53,8 +53,9 @@ def measurement_of(
     KeyError
         If there is no such map, table or layer, or it lacks a gene.
     ValueError
-        If a layer of a map is asked for, the bins do not fit the grid, the locations are neither circles nor squares of one size, the counts are
-        negative or infinite, nothing was measured on the grid, or there is no common coordinate system.
+        If a layer of a map is asked for, the bins do not fit the grid, the locations are neither circles nor squares of
+        one size, the counts are negative or infinite, nothing was measured on the grid, or there is no common
+        coordinate system.
     """
     if low_res in sdata.images:
         if layer is not None:
@@ -161,8 +162,8 @@ def footprints_of(spots: Locations, low_res: str, grid: Grid) -> Footprints:
     side = _side_of_squares(spots.element, to_bins)
     if side is None:
         raise ValueError(
-            f"The table {low_res!r} annotates {spots.region!r}, which are neither circles of one size nor squares of one "
-            "size along the grid, so it is not known what each row measured. Pass a table of spots, or make a map "
+            f"The table {low_res!r} annotates {spots.region!r}, which are neither circles of one size nor squares of "
+            "one size along the grid, so it is not known what each row measured. Pass a table of spots, or make a map "
             f"of it: stgen.pp.rasterize(sdata, table_key={low_res!r}, ...)."
         )
     return Footprints(centers, side, "square", np.full(len(centers), side**2))

@@ -125,11 +125,11 @@ def judge_pixels(
 ) -> PixelValues:
     """Decide by their content how the values of an image are read.
 
-    Images in transmitted light (three colors) are bright where there is glass: their full scale is the smallest of 1 (of
-    floats), 255, 1,023, 4,095, 16,383, 65,535, ... that their bright parts do not exceed, whatever type holds them. The
-    intensities of stains have no such mark: their full scale is what the type holds (255, 65,535; 1 or one of these for
-    floats). A fourth channel (or the second of two) is opacity if it is named "a" or "alpha", or unnamed and a mask by
-    its values.
+    Images in transmitted light (three colors) are bright where there is glass: their full scale is the smallest of 1
+    (of floats), 255, 1,023, 4,095, 16,383, 65,535, ... that their bright parts do not exceed, whatever type holds them.
+    The intensities of stains have no such mark: their full scale is what the type holds (255, 65,535; 1 or one of these
+    for floats). A fourth channel (or the second of two) is opacity if it is named "a" or "alpha", or unnamed and a mask
+    by its values.
 
     Parameters
     ----------
@@ -146,8 +146,8 @@ def judge_pixels(
     Raises
     ------
     ValueError
-        If there is nothing to read (NaN or transparent everywhere), values are infinite or, in transmitted light, negative,
-        or ``full_scale`` is no positive number.
+        If there is nothing to read (NaN or transparent everywhere), values are infinite or, in transmitted light,
+        negative, or ``full_scale`` is no positive number.
     """
     image = "The image" if name is None else f"The image {name!r}"
     if full_scale is not None and (
@@ -191,7 +191,8 @@ def doubts_about(levels: Sequence[DataArray], values: PixelValues, name: str | N
     doubts = []
     if values.alpha is None and _unnamed(names) and _may_be_mask(sample[-1]):
         doubts.append(
-            f"{values.image} has {len(names)} channels without names, and the last looks partly like opacity; it is read as "
+            f"{values.image} has {len(names)} channels without names, and the last looks partly like opacity; it is "
+            "read as "
             'a stain. Name the channels: c_coords=["r", "g", "b", "a"] if it is opacity.'
         )
     if values.stated:
@@ -203,15 +204,15 @@ def doubts_about(levels: Sequence[DataArray], values: PixelValues, name: str | N
     state = f"state the value of full scale: {where}divide the image by it, to floats in [0, 1]"
     if values.transmitted and (top < _DARK * values.full_scale or half < _HALF_DARK * values.full_scale):
         doubts.append(
-            f"{values.image} is dark for one in transmitted light, as which three channels are read: half of its {dtype} "
-            f"values are below {half:.4g} and few above {top:.4g}, and {full} is taken for white. If that is wrong, {state}. "
-            "What fills the place around a registered image must be NaN or white, and stains that glow are read one by one: "
-            "image.sel(c=[...]) of one, two or more than three."
+            f"{values.image} is dark for one in transmitted light, as which three channels are read: half of its "
+            f"{dtype} values are below {half:.4g} and few above {top:.4g}, and {full} is taken for white. If that is "
+            f"wrong, {state}. What fills the place around a registered image must be NaN or white, and stains that "
+            "glow are read one by one: image.sel(c=[...]) of one, two or more than three."
         )
     elif not values.transmitted and values.full_scale > 1 and top <= _DIM * values.full_scale and dtype != np.uint8:
         doubts.append(
-            f"{values.image} has {dtype} values up to {top:.4g}, and is read as a share of {full}: it may be dark, or of a "
-            f"camera of fewer bits. If so, {state}."
+            f"{values.image} has {dtype} values up to {top:.4g}, and is read as a share of {full}: it may be dark, or "
+            f"of a camera of fewer bits. If so, {state}."
         )
     return tuple(doubts)
 
@@ -232,8 +233,8 @@ def _seen(sample: np.ndarray, values: PixelValues, names: Sequence[str]) -> np.n
     empty = [names[i] for i, never in zip(values.colors, missing.all(1), strict=True) if never]
     if empty and len(empty) < len(sample):
         raise ValueError(
-            f"{values.image} is NaN everywhere in {len(empty)} of its {len(sample)} channels: {listed(empty)}. Leave them out, "
-            "or look where their values were lost."
+            f"{values.image} is NaN everywhere in {len(empty)} of its {len(sample)} channels: {listed(empty)}. Leave "
+            "them out, or look where their values were lost."
         )
     seen = sample[:, ~(missing.any(0) if values.transmitted else missing.all(0))]
     if not seen.shape[1]:
@@ -269,8 +270,9 @@ def _check_not_negative(values: PixelValues, seen: np.ndarray) -> None:
         return
     if float(np.quantile(seen, 0.001)) < -_UNDERSHOOT * _top(seen, transmitted=True):
         raise ValueError(
-            f"{values.image} has negative values (down to {seen.min():.4g}): three channels are light that came through "
-            "the tissue, from 0 (none) to full scale. Undo a normalization, or set what is outside the image to NaN."
+            f"{values.image} has negative values (down to {seen.min():.4g}): three channels are light that came "
+            "through the tissue, from 0 (none) to full scale. Undo a normalization, or set what is outside the image "
+            "to NaN."
         )
 
 
@@ -348,8 +350,8 @@ def _sample(levels: Sequence[DataArray], image: str, alpha: int | None) -> np.nd
             return values
     if alpha is not None and values.shape[1]:
         raise ValueError(
-            f"{image} is transparent everywhere: its channel {str(levels[0].coords['c'].values[alpha])!r} is 0. If it is not opacity, "
-            "name it otherwise or leave it out: image.isel(c=slice(3))."
+            f"{image} is transparent everywhere: its channel {str(levels[0].coords['c'].values[alpha])!r} is 0. If it "
+            "is not opacity, name it otherwise or leave it out: image.isel(c=slice(3))."
         )
     raise ValueError(_nothing(image))
 
@@ -372,8 +374,8 @@ def _pixels(level: DataArray, whole: bool) -> np.ndarray:
 
 def _nothing(image: str) -> str:
     return (
-        f"{image} is NaN everywhere: it shows nothing. Pass another image_key=, or look where its values were lost; NaN "
-        "means outside the image."
+        f"{image} is NaN everywhere: it shows nothing. Pass another image_key=, or look where its values were lost; "
+        "NaN means outside the image."
     )
 
 

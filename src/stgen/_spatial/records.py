@@ -38,8 +38,8 @@ def check_new_key(container: Mapping[str, Any], key: str, *, overwrite: bool, wh
         raise ValueError(f"{what}[{key!r}] exists already. Pass overwrite=True to replace it, or another key_added=.")
     if key in container and not ours:
         raise ValueError(
-            f"{what}[{key!r}] is not a result of this function by its record, and is not replaced. Pass another key_added=, or "
-            f"first remove it: del {what if what.startswith('sdata.') else 'adata.' + what}[{key!r}]."
+            f"{what}[{key!r}] is not a result of this function by its record, and is not replaced. Pass another "
+            f"key_added=, or first remove it: del {what if what.startswith('sdata.') else 'adata.' + what}[{key!r}]."
         )
 
 

@@ -39,8 +39,8 @@ def result_grid(elements: MapElements, *, bin_um: float | None, factor: int | No
         raise ValueError(f"`factor` must be a whole number of at least 1, found {factor!r}.")
     if fitted_um is not None and bin_um is not None and abs(bin_um / fitted_um - 1) > CLOSE:
         raise ValueError(
-            f"the model was fitted for bins of {fitted_um:g} µm, found bin_um={bin_um!r}. Leave bin_um out, or fit a model "
-            "on a map of that resolution: stgen.pp.rasterize(sdata, bin_um=...)."
+            f"the model was fitted for bins of {fitted_um:g} µm, found bin_um={bin_um!r}. Leave bin_um out, or fit a "
+            "model on a map of that resolution: stgen.pp.rasterize(sdata, bin_um=...)."
         )
     if elements.map_key is not None:
         return _of_map(elements, elements.map_key, bin_um, factor, fitted_um)
@@ -51,8 +51,8 @@ def result_grid(elements: MapElements, *, bin_um: float | None, factor: int | No
         )
     if factor is not None:
         raise ValueError(
-            f"`factor` is for maps, of which it counts bins along the side of one, and low_res={elements.low_res!r} is not a map. "
-            "Leave it out, or pass bin_um=<µm> instead."
+            f"`factor` is for maps, of which it counts bins along the side of one, and low_res={elements.low_res!r} is "
+            "not a map. Leave it out, or pass bin_um=<µm> instead."
         )
     side = _of_spots(elements, bin_um) if fitted_um is None else bin_um or fitted_um
     return elements.grid_of_spots(side) if elements.image_key is None else elements.grid_of_image(side)
@@ -81,14 +81,14 @@ def _fitting(elements: MapElements, low: Grid, factor: int | None, fitted_um: fl
     if abs(low.bin_um / found / fitted_um - 1) > CLOSE:
         raise ValueError(
             f"the bins of {elements.low_res!r} are {low.bin_um:.4g} µm, {low.bin_um / fitted_um:.4g} times the model's "
-            f"{fitted_um:g} µm; it must be a whole number of times. Make it with stgen.pp.degrade from a map of the model's "
-            "bin_um."
+            f"{fitted_um:g} µm; it must be a whole number of times. Make it with stgen.pp.degrade from a map of the "
+            "model's bin_um."
         )
     if factor not in (None, found):
         raise ValueError(
-            f"factor={factor!r} does not fit: the bins of {elements.low_res!r} are {low.bin_um:.4g} µm, {found} times the "
-            f"model's {fitted_um:g} µm. Leave factor out, or degrade the map by {factor!r}: stgen.pp.degrade(sdata, "
-            f"map_key=..., factor={factor!r})."
+            f"factor={factor!r} does not fit: the bins of {elements.low_res!r} are {low.bin_um:.4g} µm, {found} times "
+            f"the model's {fitted_um:g} µm. Leave factor out, or degrade the map by {factor!r}: "
+            f"stgen.pp.degrade(sdata, map_key=..., factor={factor!r})."
         )
     grid = low.refined(found)
     entry = elements.sdata.attrs.get("stgen", {}).get(elements.low_res, {})
@@ -108,8 +108,8 @@ def _refined(elements: MapElements, low: Grid, bin_um: float | None, factor: int
     times = low.bin_um / bin_um
     if abs(times - round(times)) > CLOSE or round(times) < 1 or factor not in (None, round(times)):
         raise ValueError(
-            f"the bins of {elements.low_res!r} are {low.bin_um:.4g} µm, {times:.4g} times bin_um={bin_um!r}, which must be a "
-            f"whole number of times and, if it is given, factor (found {factor!r}); pass one of both."
+            f"the bins of {elements.low_res!r} are {low.bin_um:.4g} µm, {times:.4g} times bin_um={bin_um!r}, which "
+            f"must be a whole number of times and, if it is given, factor (found {factor!r}); pass one of both."
         )
     return low.refined(round(times))
 

@@ -101,9 +101,9 @@ def get_section(
     shapes_key
         Element that the table annotates; chooses among tables.
     mpp
-        µm per pixel: of the image's finest level (SpatialData) or of the full-resolution image that
-        ``obsm["spatial"]`` refers to (AnnData). None: from a micrometer coordinate system, from the names of Visium HD's
-        bins (``square_016um``), or from the 100 µm pitch of Visium spots.
+        µm per pixel: of the image's finest level (SpatialData) or of the full-resolution image that ``obsm["spatial"]``
+        refers to (AnnData). None: from a micrometer coordinate system, from the names of Visium HD's bins
+        (``square_016um``), or from the 100 µm pitch of Visium spots.
     coordinate_system
         The one in which image and locations meet; None: a micrometer one if there is one, else "global", else the
         only one.
@@ -314,7 +314,8 @@ def _region_of(table: AnnData, name: str) -> str | None:
         raise ValueError(
             f"{name} has rows in {len(regions)} regions ({listed(regions)}), and a section is one region on one image. "
             f"Split it and pass the parts, several as a mapping: {{name: sdata.subset([name, <its image>]) for name in "
-            f"[{names}]}} (SpatialData), or {{name: adata[adata.obs[{key!r}] == name].copy() for name in [{names}]}} (AnnData)."
+            f"[{names}]}} (SpatialData), or {{name: adata[adata.obs[{key!r}] == name].copy() for name in "
+            f"[{names}]}} (AnnData)."
         )
     return regions[0]
 
@@ -339,8 +340,9 @@ def annotated_region(
     key = table.uns["spatialdata_attrs"]["instance_key"]
     if key not in table.obs:
         raise KeyError(
-            f"The table {table_key!r} annotates {region!r} by obs[{key!r}], which is not there; found {listed(table.obs)}. Link it "
-            "with spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)."
+            f"The table {table_key!r} annotates {region!r} by obs[{key!r}], which is not there; found "
+            f"{listed(table.obs)}. Link it with spatialdata.models.TableModel.parse(table, region=..., region_key=..., "
+            "instance_key=...)."
         )
     return region, table.obs[key].to_numpy()
 

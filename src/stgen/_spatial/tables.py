@@ -34,8 +34,8 @@ def expression(
     """Expression of the genes on a named scale, shape ``(n, G)``; totals are over all genes of the table."""
     if layer is None and predicted_in_x(table) is not None:
         raise ValueError(
-            f"the table holds a prediction in X ({predicted_in_x(table)!r}), not counts: it cannot be fitted on or scored "
-            "against. Name the table, or the layer, with the measured counts."
+            f"the table holds a prediction in X ({predicted_in_x(table)!r}), not counts: it cannot be fitted on or "
+            "scored against. Name the table, or the layer, with the measured counts."
         )
     counts = get_counts(table, layer=layer, dense=False)
     columns = table.var_names.get_indexer(genes)
@@ -66,8 +66,9 @@ def embedding_key_of(table: AnnData, embedding_key: str | None) -> str:
     if embedding_key is not None:
         if embedding_key not in table.obsm:
             raise KeyError(
-                f'`embedding_key`: there is no embedding obsm["{embedding_key}"]; found {", ".join(map(str, table.obsm)) or "none"}. '
-                f'stgen.pp.embed(data, image_key=..., key_added="{embedding_key}") computes one.'
+                f'`embedding_key`: there is no embedding obsm["{embedding_key}"]; found '
+                f"{', '.join(map(str, table.obsm)) or 'none'}. stgen.pp.embed(data, image_key=..., "
+                f'key_added="{embedding_key}") computes one.'
             )
         return embedding_key
     recorded = recorded_embeddings(table)

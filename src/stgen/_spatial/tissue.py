@@ -47,8 +47,8 @@ def check_some_tissue(tissue: np.ndarray, where: str) -> None:
     """Refuse a section without any."""
     if not tissue.any():
         raise ValueError(
-            f"there is no tissue: {where} is empty everywhere on the grid of {tissue.shape[1]} x {tissue.shape[0]} bins. "
-            "Check that it is the right element and that its transformation is right."
+            f"there is no tissue: {where} is empty everywhere on the grid of {tissue.shape[1]} x {tissue.shape[0]} "
+            "bins. Check that it is the right element and that its transformation is right."
         )
 
 
@@ -90,8 +90,8 @@ def tissue_mask(image: Histology, *, mpp: float | None = None) -> tuple[np.ndarr
     """A coarse mask of the tissue.
 
     Three channels are read as a transmitted-light image, where tissue is darker than the glass; other images as
-    fluorescence, where it is brighter. The threshold is Otsu's, kept within what tissue can be. Where the image is NaN there
-    is none.
+    fluorescence, where it is brighter. The threshold is Otsu's, kept within what tissue can be. Where the image is NaN
+    there is none.
 
     Returns
     -------

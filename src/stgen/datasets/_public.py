@@ -143,9 +143,9 @@ def _find(call: str, folder: str, files: list[_File], path: str | os.PathLike | 
     sources = [(f.url, f.sha256) for f in files if f.url is not None and f.sha256 is not None]
     if len(sources) < len(files):
         raise FileNotFoundError(
-            f"{folder} was put together from tiles and cannot be downloaded. It needs a folder with {', '.join(names)}: "
-            f"{call.format(path='path=...')}, or set the environment variable STGEN_DATA to the folder that holds "
-            f"{folder}."
+            f"{folder} was put together from tiles and cannot be downloaded. It needs a folder with "
+            f"{', '.join(names)}: {call.format(path='path=...')}, or set the environment variable STGEN_DATA to the "
+            f"folder that holds {folder}."
         )
     return [_download(url, sha256, folder, call) for url, sha256 in sources]
 

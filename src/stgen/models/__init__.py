@@ -53,8 +53,8 @@ def load(path: str | Path, *, revision: str | None = None) -> Model[Any]:
     Parameters
     ----------
     path
-        A folder that ``model.save(folder)`` wrote, or the id of a model on the Hugging Face Hub (``"owner/name"``), from
-        which ``config.json`` and ``model.safetensors`` are taken. Nothing is unpickled.
+        A folder that ``model.save(folder)`` wrote, or the id of a model on the Hugging Face Hub (``"owner/name"``),
+        from which ``config.json`` and ``model.safetensors`` are taken. Nothing is unpickled.
     revision
         Commit, tag or branch of a model on the Hub, which pins what is loaded.
 
@@ -67,8 +67,8 @@ def load(path: str | Path, *, revision: str | None = None) -> Model[Any]:
     FileNotFoundError
         If there is neither a complete folder of that name nor such a model on the Hub.
     ValueError
-        If there is no such class, here or among those that you have defined, or the folder is damaged: its files are not as
-        they were written, do not fit each other, or hold weights that are NaN.
+        If there is no such class, here or among those that you have defined, or the folder is damaged: its files are
+        not as they were written, do not fit each other, or hold weights that are NaN.
 
     Examples
     --------

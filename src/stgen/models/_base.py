@@ -60,7 +60,8 @@ class Model(nn.Module, ABC, Generic[T]):
     record
         What it was fitted on: the embedding, the training run. Empty until fitted.
     fetches
-        Whether what the model names may be downloaded: not of a model that was loaded, which somebody else may have made.
+        Whether what the model names may be downloaded: not of a model that was loaded, which somebody else may have
+        made.
     stochastic
         Whether samples differ. A deterministic model gives one sample and no spread.
     takes

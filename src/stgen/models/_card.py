@@ -145,9 +145,10 @@ def _scores(scores: object) -> str:
     """Scores of models by name, as a table, where ``record["scores"]`` holds some."""
     if not isinstance(scores, Mapping) or not scores:
         return (
-            "None were recorded. Score it on patients whom it has not seen, beside the simple models: `stgen.tl.compare` "
-            'does, and `model.record["scores"] = {"model": {"PCC": ...}, "LinearProbe": {...}}` before `model.save` puts them '
-            "here."
+            "None were recorded. Score it on patients whom it has not seen, beside the simple models: "
+            "`stgen.tl.compare` "
+            'does, and `model.record["scores"] = {"model": {"PCC": ...}, "LinearProbe": {...}}` before `model.save` '
+            "puts them here."
         )
     columns = list(dict.fromkeys(name for of in scores.values() for name in of))
     rows = [f"| {name} | {' | '.join(_html.number(of.get(key)) for key in columns)} |" for name, of in scores.items()]

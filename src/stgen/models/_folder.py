@@ -1,9 +1,9 @@
 """A model on disk: ``config.json`` and ``model.safetensors`` in a folder, or on the Hugging Face Hub. Nothing is pickled.
 
-``config.json`` says which weights are its own (their sha256, names, types and shapes) and carries a checksum of itself, so
-that a folder that was damaged, edited or mixed is noticed before a model is built. The two files are written beside their
-older versions and take their places one after the other, the weights first. Where a process ends between the two, the
-configuration of the weights is still ``config.json.new``, and is read from there.
+``config.json`` says which weights are its own (their sha256, names, types and shapes) and carries a checksum of itself,
+so that a folder that was damaged, edited or mixed is noticed before a model is built. The two files are written beside
+their older versions and take their places one after the other, the weights first. Where a process ends between the two,
+the configuration of the weights is still ``config.json.new``, and is read from there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Content(TypedDict):
     sampling: NotRequired[dict[str, Any]]  # attributes that decide how samples are drawn, of a model that has some
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def write(folder: str | Path, name: str, content: Content, weights: Mapping[str, Tensor]) -> Path:
@@ -120,7 +120,7 @@ def _weights_of(config: Path) -> str | None:
         return None
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read(folder: str | Path) -> tuple[str, Content]:
@@ -149,8 +149,8 @@ def read(folder: str | Path) -> tuple[str, Content]:
     wanted = {name: (kind, tuple(shape)) for name, (kind, shape) in weights["tensors"].items()}
     if found != wanted or _sha256(folder / WEIGHTS) != weights["sha256"]:
         raise ValueError(
-            f"the weights in {folder / WEIGHTS} do not fit {path.name} beside them, which was written with others: one of both "
-            "was damaged, or comes from another model. Save the model again, or fetch both files again."
+            f"the weights in {folder / WEIGHTS} do not fit {path.name} beside them, which was written with others: one "
+            "of both was damaged, or comes from another model. Save the model again, or fetch both files again."
         )
     return entry.pop("class"), entry  # type: ignore[return-value]
 
@@ -287,8 +287,8 @@ def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     wrong = [name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if wrong:
         raise ValueError(
-            f"{where} holds weights that are NaN or infinite ({', '.join(wrong[:3])}): training diverged, or the file was "
-            "damaged. Fit the model again, with a smaller lr."
+            f"{where} holds weights that are NaN or infinite ({', '.join(wrong[:3])}): training diverged, or the file "
+            "was damaged. Fit the model again, with a smaller lr."
         )
 
 
@@ -297,7 +297,7 @@ def misfit(folder: str | Path, error: Exception) -> ValueError:
     return ValueError(f"the weights in {Path(folder) / WEIGHTS} do not fit {CONFIG} beside them: {error}")
 
 
-# -- where ---------------------------------------------------------------------------------------------------------------
+# -- where -------------------------------------------------------------------------------------------------------------
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:

@@ -84,8 +84,8 @@ class NetworkSampler:
             only = max(side - 2 * reach, 0) // block * block
             if only == 0 or tile not in (None, only):
                 raise ValueError(
-                    f"{type(model).__name__} takes windows of {side} bins and no others, of which {only} can be kept with "
-                    f"these low-resolution data; found tile={tile!r}. "
+                    f"{type(model).__name__} takes windows of {side} bins and no others, of which {only} can be kept "
+                    f"with these low-resolution data; found tile={tile!r}. "
                     + ("Leave it out." if only else "Use data of higher resolution, or another model.")
                 )
             return Tiling(only, (side - only) // 2, height, width, footprints, side)
@@ -98,8 +98,8 @@ class NetworkSampler:
             tile = min(max(unit, int(largest) // unit * unit), round_up(max(height, width), unit))
         elif isinstance(tile, bool) or tile != int(tile) or tile < unit or tile % unit:
             raise ValueError(
-                f"`tile` must be a multiple of {unit} bins, what {type(model).__name__} and the low-resolution data need; "
-                f"found {tile!r}. The next that fits is {max(unit, round_up(tile, unit))}."
+                f"`tile` must be a multiple of {unit} bins, what {type(model).__name__} and the low-resolution data "
+                f"need; found {tile!r}. The next that fits is {max(unit, round_up(tile, unit))}."
             )
         return Tiling(int(tile), margin, height, width, footprints)
 
@@ -158,10 +158,10 @@ class NetworkSampler:
     def _draw(self, window: Rectangle, columns: list[int]) -> Iterator[Tensor]:
         """Samples of some of the model's genes, counts ``(genes, height, width)`` one by one, and last the expected map.
 
-        On the way to a sample, estimates are scaled toward the measurement but may stay negative: noise around zero then
-        cancels in the mean of the samples, which is taken on the model's scale. It is the expected map, unless the model
-        knows that without drawing. Samples and expected map are each brought to counts that are not negative and agree with
-        the measurement.
+        On the way to a sample, estimates are scaled toward the measurement but may stay negative: noise around zero
+        then cancels in the mean of the samples, which is taken on the model's scale. It is the expected map, unless the
+        model knows that without drawing. Samples and expected map are each brought to counts that are not negative and
+        agree with the measurement.
         """
         model, transform, options = self.model, self.model.transform, self.options
         batch, agree = self._conditions(window, columns), self._agreement(window, columns)

@@ -46,8 +46,8 @@ def calibration(
     Parameters
     ----------
     data
-        Object with predictions whose samples were kept (``keep_samples=True``): maps of :func:`stgen.tl.superresolve`, or
-        layers of :func:`stgen.tl.predict_expression`.
+        Object with predictions whose samples were kept (``keep_samples=True``): maps of :func:`stgen.tl.superresolve`,
+        or layers of :func:`stgen.tl.predict_expression`.
     keys
         The results, one line each.
     truth_key
@@ -56,8 +56,8 @@ def calibration(
         Genes to average over; None for all.
     levels
         Nominal coverage of the central intervals, in (0, 1). Intervals wider than all samples together are left out:
-        above ``(S - 1) / (S + 1)`` of ``S`` samples, .905 of 20. The coverage of fewer than 20 samples is NaN: nothing is
-        drawn of them, and their label and the logger say why.
+        above ``(S - 1) / (S + 1)`` of ``S`` samples, .905 of 20. The coverage of fewer than 20 samples is NaN: nothing
+        is drawn of them, and their label and the logger say why.
     transform
         Maps only: scale of the counts; intervals depend on it little. By default ``"log1p_raw"``.
     table_key
@@ -67,7 +67,8 @@ def calibration(
 
     Returns
     -------
-    The Axes. A line per result, labeled with its name and its calibration error: the mean distance from the dashed line.
+    The Axes. A line per result, labeled with its name and its calibration error: the mean distance from the dashed
+    line.
 
     Raises
     ------
@@ -79,8 +80,8 @@ def calibration(
     Notes
     -----
     Samples are of the expected expression, while the truth is counted: the noise of counting is not in their spread, so
-    that sparse genes lie below the line even where a model knows the expectation well. Where truth and interval are both
-    exactly zero, it counts as covered.
+    that sparse genes lie below the line even where a model knows the expectation well. Where truth and interval are
+    both exactly zero, it counts as covered.
 
     Examples
     --------
@@ -110,8 +111,8 @@ def calibration(
     for key, highest in most.items():
         if highest + ROUNDING < nominal[0]:
             raise ValueError(
-                f"{compared[key].n_samples} samples of {key!r} span {highest:.2f} of the distribution, less than any of the "
-                "levels; draw more samples."
+                f"{compared[key].n_samples} samples of {key!r} span {highest:.2f} of the distribution, less than any "
+                "of the levels; draw more samples."
             )
 
     if ax is None:

@@ -59,21 +59,22 @@ def domains(
     """Draw groups of locations over the section, such as domains beside an annotation. Stem, Figure 3.
 
     With a reference, each group has the color of the group of the reference that it shares most locations with, one to
-    one; groups that are left over have colors of their own. The title gives the agreement of both: adjusted Rand index (ARI)
-    and normalized mutual information (NMI), over the locations where the reference is known.
+    one; groups that are left over have colors of their own. The title gives the agreement of both: adjusted Rand index
+    (ARI) and normalized mutual information (NMI), over the locations where the reference is known.
 
     Parameters
     ----------
     data
         Object with the groups.
     keys
-        What to draw: columns of a table's ``obs`` (also where masks have their names, if an argument for columns is given), such as those of :func:`stgen.tl.find_domains` and
-        :func:`stgen.tl.localize_cell_types`, or else masks in ``sdata.labels``, where 0 is none.
+        What to draw: columns of a table's ``obs`` (also where masks have their names, if an argument for columns is
+        given), such as those of :func:`stgen.tl.find_domains` and :func:`stgen.tl.localize_cell_types`, or else masks
+        in ``sdata.labels``, where 0 is none.
     reference
         Column, or mask, whose colors the others take; drawn first.
     highlight
-        Groups of the reference to draw in color, and with them what has their color elsewhere; all others are gray. Without a
-        reference, groups of the first of ``keys``.
+        Groups of the reference to draw in color, and with them what has their color elsewhere; all others are gray.
+        Without a reference, groups of the first of ``keys``.
     image_key
         Image to draw beneath. None: no image.
     table_key, shapes_key
@@ -91,16 +92,16 @@ def domains(
 
     Returns
     -------
-    Array of Axes, ``(1, panels)``, each with a legend of its groups. Of columns, the discs are the only collection on each; of
-    masks, the mask is the last image. Both hold the number of the color.
+    Array of Axes, ``(1, panels)``, each with a legend of its groups. Of columns, the discs are the only collection on
+    each; of masks, the mask is the last image. Both hold the number of the color.
 
     Raises
     ------
     KeyError
         If a column, mask, image or a group to highlight does not exist.
     ValueError
-        If a column holds numbers rather than groups, nothing is known of the reference, masks to compare differ in shape, or
-        ``axes`` has the wrong number.
+        If a column holds numbers rather than groups, nothing is known of the reference, masks to compare differ in
+        shape, or ``axes`` has the wrong number.
 
     Examples
     --------
@@ -145,8 +146,8 @@ def domains(
     n_colors = 1 + max(max(numbers) for numbers in color.values())
     if shown is None and n_colors > len(CATEGORIES):
         raise ValueError(
-            f"{', '.join(map(repr, keys))} have {n_colors} groups, and {len(CATEGORIES)} colors can be told apart; pass "
-            "highlight=<some of them>, or fewer keys."
+            f"{', '.join(map(repr, keys))} have {n_colors} groups, and {len(CATEGORIES)} colors can be told apart; "
+            "pass highlight=<some of them>, or fewer keys."
         )
 
     titles = {
@@ -181,7 +182,8 @@ def _of_column(table: AnnData, key: str) -> tuple[np.ndarray, list[str]]:
     if key not in table.obs:
         raise KeyError(
             f"there is no column {key!r} in obs, which has {', '.join(map(repr, table.obs)) or 'none'}. "
-            f"stgen.tl.find_domains(data, key_added={key!r}) makes one; a mask must be in sdata.labels, and all of `keys` with it."
+            f"stgen.tl.find_domains(data, key_added={key!r}) makes one; a mask must be in sdata.labels, and all of "
+            "`keys` with it."
         )
     column = table.obs[key]
     if pd.api.types.is_float_dtype(column):
@@ -226,8 +228,8 @@ def _agreement(
         here, there = (places[name][0] for name in (key, reference))
         if code.shape != truth.shape or (isinstance(here, Pixels) and not np.allclose(here.matrix, there.matrix)):
             raise ValueError(
-                f"{key!r} is not on the bins of the reference {reference!r} (shapes {code.shape} and {truth.shape}); only masks on "
-                "the same bins can be compared."
+                f"{key!r} is not on the bins of the reference {reference!r} (shapes {code.shape} and {truth.shape}); "
+                "only masks on the same bins can be compared."
             )
         known = truth >= 0
         if len(names) > 1:

@@ -35,11 +35,11 @@ def gene_scatter(
     Parameters
     ----------
     scores
-        Names of two methods and what :func:`stgen.tl.evaluate` returned for each; or a table with one column for each and
-        one row per gene, which holds the metric. The first is x, the second y.
+        Names of two methods and what :func:`stgen.tl.evaluate` returned for each; or a table with one column for each
+        and one row per gene, which holds the metric. The first is x, the second y.
     metric
-        Column of ``Scores.genes``. Higher is better for PCC, PCC/ceiling and SSIM, closer to nominal for coverage and the
-        difference of Moran's I, and lower for everything else.
+        Column of ``Scores.genes``. Higher is better for PCC, PCC/ceiling and SSIM, closer to nominal for coverage and
+        the difference of Moran's I, and lower for everything else.
     n_names
         Number of genes to name: those on which the methods differ most, as far as names do not lie on each other.
     ax
@@ -116,8 +116,8 @@ def _frame(scores: Mapping[str, Scores] | pd.DataFrame, metric: str) -> pd.DataF
         )
     if frame.shape[1] != 2:
         raise ValueError(
-            f"two methods are compared, found {frame.shape[1]} ({', '.join(map(str, frame.columns))}); draw pair by pair, "
-            "or all of them with pl.scores."
+            f"two methods are compared, found {frame.shape[1]} ({', '.join(map(str, frame.columns))}); draw pair by "
+            "pair, or all of them with pl.scores."
         )
     frame = frame.dropna()
     if frame.empty:

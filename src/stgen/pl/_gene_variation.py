@@ -58,10 +58,10 @@ def gene_variation(
 
     Returns
     -------
-    Array of Axes, ``(2, keys)``: normalized and absolute variances. On each the line is the truth, the first collection the
-    prediction, and the second, where samples were kept, single samples (the mean over samples of their variance):
-    averaging samples takes variance away. The legends give RVD, the mean over genes of
-    ``((variance - true variance) / true variance) ** 2``.
+    Array of Axes, ``(2, keys)``: normalized and absolute variances. On each the line is the truth, the first collection
+    the prediction, and the second, where samples were kept, single samples (the mean over samples of their variance):
+    averaging samples takes variance away. The legends give RVD, the mean over genes of ``((variance - true variance) /
+    true variance) ** 2``.
 
     Raises
     ------

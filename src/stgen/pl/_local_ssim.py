@@ -56,7 +56,8 @@ def local_ssim(
     transform
         Scale on which maps are compared: ``"log1p_raw"``, ``"log2p1_raw"`` or ``"none"`` (counts).
     bounds_um
-        Part to draw as ``(x_min, y_min, x_max, y_max)``, in µm from the origin of the coordinate system. By default all.
+        Part to draw as ``(x_min, y_min, x_max, y_max)``, in µm from the origin of the coordinate system. By default
+        all.
     coordinate_system
         The one to draw in; by default one in micrometers that all maps share, else ``"global"``.
     cmap
@@ -66,9 +67,9 @@ def local_ssim(
 
     Returns
     -------
-    Array of Axes, ``(genes, keys)``. The image on each holds the similarity of all bins, NaN where either map is unknown and
-    within 5 bins of the border, where the window does not lie on the map. Below each stands its mean: the SSIM of
-    :func:`stgen.tl.evaluate`.
+    Array of Axes, ``(genes, keys)``. The image on each holds the similarity of all bins, NaN where either map is
+    unknown and within 5 bins of the border, where the window does not lie on the map. Below each stands its mean: the
+    SSIM of :func:`stgen.tl.evaluate`.
 
     Raises
     ------
@@ -100,7 +101,8 @@ def local_ssim(
     for key in [*keys, truth_key]:
         if key not in sdata.images:
             raise KeyError(
-                f"`keys` or `truth_key`: there is no map {key!r}; sdata.images has {', '.join(map(repr, sdata.images))}."
+                f"`keys` or `truth_key`: there is no map {key!r}; sdata.images has "
+                f"{', '.join(map(repr, sdata.images))}."
             )
     if not keys:
         raise ValueError("`keys` is empty; name at least one predicted map.")

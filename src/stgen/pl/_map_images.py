@@ -132,7 +132,8 @@ def _shown(
             )
         if key.endswith("_std") and key.removesuffix("_std") in sdata.images:
             raise ValueError(
-                f"{key!r} is the spread of {key.removesuffix('_std')!r}: name that one; the panel 'spread' is drawn beside it."
+                f"{key!r} is the spread of {key.removesuffix('_std')!r}: name that one; the panel 'spread' is drawn "
+                "beside it."
             )
     if image_key is not None and image_key not in sdata.images:
         raise KeyError(

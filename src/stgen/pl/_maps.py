@@ -50,36 +50,37 @@ def maps(
 ) -> np.ndarray:
     """Draw genes over the section: measured, predicted, and the spread of the prediction.
 
-    One row per gene. What was measured and what was predicted are drawn on one scale and with the same colors, so that a
-    map which is too flat looks it.
+    One row per gene. What was measured and what was predicted are drawn on one scale and with the same colors, so that
+    a map which is too flat looks it.
 
     Results in a table are drawn as discs of the true size of the spots, and measured counts are brought to the scale of
     the prediction. Maps of counts, which are images of a SpatialData, are drawn bin by bin, transparent where they are
-    unknown (NaN). Larger bins, and spots, hold more counts: these are divided by the number of the finest bins drawn that
-    one of them covers, as the title says, and are then comparable. Genes that a map without a model could not predict out of
-    fold (``trusted`` of :func:`stgen.tl.superresolve`) are titled "share not predictable, counts follow depth": what is drawn
-    of them is the expected share of the counts of all genes.
+    unknown (NaN). Larger bins, and spots, hold more counts: these are divided by the number of the finest bins drawn
+    that one of them covers, as the title says, and are then comparable. Genes that a map without a model could not
+    predict out of fold (``trusted`` of :func:`stgen.tl.superresolve`) are titled "share not predictable, counts follow
+    depth": what is drawn of them is the expected share of the counts of all genes.
 
     Parameters
     ----------
     data
-        Object with the result of :func:`stgen.tl.predict_expression`, of :func:`stgen.tl.superresolve`, or with other maps
-        of counts, such as :func:`stgen.pp.rasterize` makes.
+        Object with the result of :func:`stgen.tl.predict_expression`, of :func:`stgen.tl.superresolve`, or with other
+        maps of counts, such as :func:`stgen.pp.rasterize` makes.
     genes
         Genes to draw, one row each.
     keys
-        Results to draw, each by its ``key_added``: images of the SpatialData, or else layers of a table. Several stand side
-        by side and share their colors.
+        Results to draw, each by its ``key_added``: images of the SpatialData, or else layers of a table. Several stand
+        side by side and share their colors.
     low_res
-        Maps only: what was measured at low resolution, a map of larger bins or a table of spots. Of a table, the layer is
-        drawn that :func:`stgen.tl.superresolve` made ``keys`` from, ``X`` by default.
+        Maps only: what was measured at low resolution, a map of larger bins or a table of spots. Of a table, the layer
+        is drawn that :func:`stgen.tl.superresolve` made ``keys`` from, ``X`` by default.
     truth_key
         Maps only: map of the true counts.
     panels
         What to draw, from left to right: ``"histology"`` (the image alone), ``"measured"``, ``"predicted"``,
-        ``"samples"`` (maps only: two of those that were kept), ``"truth"`` (maps only), ``"spread"`` (standard deviation of the samples) and ``"error"`` (predicted minus measured; of maps predicted
-        minus truth, which must be on the same grid). Predicted, spread and error are drawn for each of ``keys``. By default
-        measured, predicted, truth and spread, as far as they exist.
+        ``"samples"`` (maps only: two of those that were kept), ``"truth"`` (maps only), ``"spread"`` (standard
+        deviation of the samples) and ``"error"`` (predicted minus measured; of maps predicted minus truth, which must
+        be on the same grid). Predicted, spread and error are drawn for each of ``keys``. By default measured,
+        predicted, truth and spread, as far as they exist.
     image_key
         Image to draw beneath, read at low resolution. None: no image.
     table_key, shapes_key
@@ -97,27 +98,28 @@ def maps(
     coordinate_system
         Maps only: the one to draw in; by default one in micrometers that all elements share, else ``"global"``.
     normalize
-        Maps only: draw counts per 10,000 counts of all genes. Each map that is drawn needs ``<its key>_total`` beside it,
-        which :func:`stgen.tl.superresolve` writes without a model.
+        Maps only: draw counts per 10,000 counts of all genes. Each map that is drawn needs ``<its key>_total`` beside
+        it, which :func:`stgen.tl.superresolve` writes without a model.
     share_colors
         One scale, and one color bar, for all genes; by default each gene has its own.
     quantiles
-        Values below and above these quantiles share the first and last color. Expression: of measured, predicted and true
-        values together. Spread starts at zero, errors are symmetric about zero; both end at the upper quantile. What
-        lies at the rim of a map, where it is least certain, does not count.
+        Values below and above these quantiles share the first and last color. Expression: of measured, predicted and
+        true values together. Spread starts at zero, errors are symmetric about zero; both end at the upper quantile.
+        What lies at the rim of a map, where it is least certain, does not count.
     cmap, spread_cmap, error_cmap
         Color maps of expression, spread and error; the defaults can be told apart by color-blind readers.
     alpha
-        Opacity of what is drawn over the image. By default discs are opaque, and maps let an image of ``image_key`` through.
+        Opacity of what is drawn over the image. By default discs are opaque, and maps let an image of ``image_key``
+        through.
     axes
         Axes to draw into, ``(genes, columns)``; by default a new figure.
 
     Returns
     -------
     Array of Axes, ``(genes, columns)``. Of a table, the discs are the only collection on each, with the values as its
-    array and in the order of the table's rows; the coordinates are µm (from the upper left corner of the image, if there
-    is one). Of maps, the last image on each is the map (maps larger than a panel are strided), and the coordinates are
-    those of the coordinate system, so that what spatialdata-plot draws in it lies in the same place.
+    array and in the order of the table's rows; the coordinates are µm (from the upper left corner of the image, if
+    there is one). Of maps, the last image on each is the map (maps larger than a panel are strided), and the
+    coordinates are those of the coordinate system, so that what spatialdata-plot draws in it lies in the same place.
 
     Raises
     ------
@@ -125,8 +127,8 @@ def maps(
         If a gene, a result or an element does not exist.
     ValueError
         If a gene was not predicted, results are on different scales, maps share no coordinate system, the truth is on
-        another grid than a prediction whose error is asked for, ``axes`` has the wrong shape, or an argument does not fit
-        the kind of result.
+        another grid than a prediction whose error is asked for, ``axes`` has the wrong shape, or an argument does not
+        fit the kind of result.
 
     Examples
     --------
@@ -183,8 +185,8 @@ def _refuse_unknown(sdata: SpatialData, keys: list[str]) -> None:
     maps = [key for key in records[0] if key in sdata.images]
     if keys and maps and not any(key in record for record in records for key in keys):
         raise KeyError(
-            f"there is no result {', '.join(map(repr, keys))}; the maps in sdata.images are {', '.join(map(repr, maps))}: "
-            "pass keys=<some of them>."
+            f"there is no result {', '.join(map(repr, keys))}; the maps in sdata.images are "
+            f"{', '.join(map(repr, maps))}: pass keys=<some of them>."
         )
 
 

@@ -62,8 +62,8 @@ def samples(
 
     Returns
     -------
-    Array of Axes ``(pairs,)``. The collections on each are the samples, then mean, median, mode and truth. The mode is, per
-    gene, the sample where the estimated density is highest.
+    Array of Axes ``(pairs,)``. The collections on each are the samples, then mean, median, mode and truth. The mode is,
+    per gene, the sample where the estimated density is highest.
 
     Raises
     ------

@@ -70,7 +70,8 @@ class AlignmentReport:
             "AlignmentReport",
             f"locations: {self.n_locations:,}{pitch}; {100 * self.inside:.0f} % inside the image",
             f"on tissue: {100 * self.on_tissue:.0f} %; with x and y exchanged, {100 * self.on_tissue_swapped:.0f} %",
-            f"image: {width:,.0f} x {height:,.0f} µm, {self.mpp:.4g} µm per pixel; {100 * self.tissue_fraction:.0f} % tissue",
+            f"image: {width:,.0f} x {height:,.0f} µm, {self.mpp:.4g} µm per pixel; {100 * self.tissue_fraction:.0f} % "
+            "tissue",
             *([f"warning: {warning}" for warning in self.warnings] or ["no warnings"]),
         )
         return "\n    ".join(lines)
@@ -244,7 +245,8 @@ def _raise_if_swapped(on_tissue: float, swapped: float, n: int, found: str) -> N
     better = swapped - on_tissue
     if swapped >= 0.8 and better > 0.15 and better * np.sqrt(n) > 1.5:  # 1.5: three standard deviations of a share of n
         raise ValueError(
-            f"x and y look exchanged. {found} With x and y exchanged, {100 * swapped:.0f} % lie on tissue. Exchange them: "
+            f"x and y look exchanged. {found} With x and y exchanged, {100 * swapped:.0f} % lie on tissue. Exchange "
+            "them: "
             'adata.obsm["spatial"] = adata.obsm["spatial"][:, ::-1] (AnnData), or swap the columns when the shapes are '
             "made (SpatialData)."
         )

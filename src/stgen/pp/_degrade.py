@@ -47,7 +47,8 @@ def degrade(
 
     - ``sdata.images[key_added]``: counts per block, float32 ``(c, y, x)``. Blocks at the lower and right edge hold what
       there is of them. Bins that are NaN were not measured and add nothing; a block of nothing else is NaN.
-    - ``sdata.labels[f"{key_added}_area"]``: how many bins of each block were measured, for all genes, uint16 ``(y, x)``.
+    - ``sdata.labels[f"{key_added}_area"]``: how many bins of each block were measured, for all genes, uint16 ``(y,
+      x)``.
     - ``sdata.attrs["stgen"][key_added]``: ``"map_key"``, ``"factor"``, ``"unit"``, ``"bin_um"`` (side of a block),
       ``"fine_height"``, ``"fine_width"`` (bins of the map), ``"function"``, ``"version"``.
 
@@ -77,8 +78,8 @@ def degrade(
     _, height, width = fine.shape
     if not 2 <= factor <= min(255, max(height, width)):
         raise ValueError(
-            f"`factor` must lie between 2 and {min(255, max(height, width))} for the map {map_key!r} of {width} x {height} "
-            f"bins, found {factor}."
+            f"`factor` must lie between 2 and {min(255, max(height, width))} for the map {map_key!r} of {width} x "
+            f"{height} bins, found {factor}."
         )
     key_added = f"{map_key}_{factor}x" if key_added is None else key_added
     if key_added == map_key:

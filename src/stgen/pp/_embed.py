@@ -104,8 +104,8 @@ def embed(
     - ``uns["stgen"][key_added]``: ``"model"`` and, in ``"by_name"``, whether its name is enough to embed again;
       ``"patch_um"`` and ``"patch_px"``, of all encoders one after the other, ``"default_patches"`` where neither was
       given, ``"patch_um_given"`` and ``"patch_px_given"`` where they were; ``"image_mpp"`` (µm per pixel of the image),
-      ``"image_key"``, ``"n_features"``, ``"views"``, ``"function"``, ``"version"``; ``"image_full_scale"``, the value that
-      was read as 1, where the type of the image does not say it, and ``"image_alpha"`` where it has opacity.
+      ``"image_key"``, ``"n_features"``, ``"views"``, ``"function"``, ``"version"``; ``"image_full_scale"``, the value
+      that was read as 1, where the type of the image does not say it, and ``"image_alpha"`` where it has opacity.
 
     Raises
     ------
@@ -150,8 +150,8 @@ def embed(
     finest = min(size / encoder.patch_px for encoder in encoders for size in encoder.sizes_um)
     if image.mpp > 2 * finest:
         logger.warning(
-            "The image %r has %.3g µm per pixel, patches are read at %.3g: they are enlarged and carry less detail than "
-            "the model expects. Use the full-resolution image, or larger patches (patch_um=).",
+            "The image %r has %.3g µm per pixel, patches are read at %.3g: they are enlarged and carry less detail "
+            "than the model expects. Use the full-resolution image, or larger patches (patch_um=).",
             section.image_key,
             image.mpp,
             finest,

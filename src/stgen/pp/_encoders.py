@@ -117,7 +117,8 @@ def _from_lazyslide(name: str, device: torch.device) -> tuple[Callable[[Tensor, 
         from lazyslide_models import MODEL_REGISTRY, list_models
     except ImportError as error:
         raise ImportError(
-            f"The encoder {name!r} comes with lazyslide-models, which could not be imported ({error}). Install it with: "
+            f"The encoder {name!r} comes with lazyslide-models, which could not be imported ({error}). Install it "
+            "with: "
             'pip install "stgen[encoders]". model="texture" needs nothing.'
         ) from error
     known = sorted({key for task in ("vision", "multimodal") for key in list_models(task)})

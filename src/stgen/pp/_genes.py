@@ -46,8 +46,8 @@ def select_genes(
 ) -> list[str]:
     """Select the genes that a model is fitted to, on training tissue.
 
-    Only genes that every section has, and that are not constant over all locations, are considered. Pass training sections only: a list that has seen the test
-    section makes its scores look better than they are.
+    Only genes that every section has, and that are not constant over all locations, are considered. Pass training
+    sections only: a list that has seen the test section makes its scores look better than they are.
 
     Parameters
     ----------
@@ -70,8 +70,8 @@ def select_genes(
         Regular expression of names to leave out: mitochondrial (``MT-``) and ribosomal genes. None keeps all. A warning
         says where it can have matched nothing only because the names are of another kind.
     gene_symbols
-        Column of ``var`` with the names that ``exclude`` is for, where ``var_names`` are Ensembl ids. What is returned are
-        ``var_names`` in any case.
+        Column of ``var`` with the names that ``exclude`` is for, where ``var_names`` are Ensembl ids. What is returned
+        are ``var_names`` in any case.
     transform
         Scale of ``"mean_var"``, see :func:`stgen.transforms.transform_counts`.
     layer
@@ -130,8 +130,8 @@ def select_genes(
     if varies.sum() < (1 if at_most else n):
         constant = len(varies) - varies.sum()
         raise ValueError(
-            f"Only {varies.sum()} genes are eligible in all sections{f' ({constant} are constant)' if constant else ''}, "
-            f"{n} were asked for; pass a smaller n."
+            f"Only {varies.sum()} genes are eligible in all "
+            f"sections{f' ({constant} are constant)' if constant else ''}, {n} were asked for; pass a smaller n."
         )
     shared, counts = shared[varies], [c[:, varies] for c in counts]
     normalized = [_normalize(c, total) for c, total in zip(counts, totals, strict=True)]

@@ -28,8 +28,9 @@ def name_micrometers(
 ) -> None:
     """Add a coordinate system in micrometers to all elements, from one that they share.
 
-    Every function then knows the µm per pixel of every element, and distances are in µm in the whole section. Sections of Xenium
-    and MERSCOPE need it once: their molecules are stored in µm, but the readers' "global" coordinates are pixels.
+    Every function then knows the µm per pixel of every element, and distances are in µm in the whole section. Sections
+    of Xenium and MERSCOPE need it once: their molecules are stored in µm, but the readers' "global" coordinates are
+    pixels.
 
     Parameters
     ----------
@@ -42,7 +43,8 @@ def name_micrometers(
     coordinate_system
         What the elements share. Those that are not in it are left alone.
     key_added
-        Name of the new coordinate system; it must be one that says micrometers, such as ``"um"``, ``"µm"`` or ``"microns"``.
+        Name of the new coordinate system; it must be one that says micrometers, such as ``"um"``, ``"µm"`` or
+        ``"microns"``.
 
     Returns
     -------
@@ -54,8 +56,9 @@ def name_micrometers(
     KeyError
         If the points do not exist, or no element (or not the points) is in ``coordinate_system``.
     ValueError
-        If not exactly one of ``points_key`` and ``mpp`` is given, ``mpp`` is not a positive number, a transformation stretches
-        x and y differently, ``key_added`` does not say micrometers, or an element has a transformation of that name.
+        If not exactly one of ``points_key`` and ``mpp`` is given, ``mpp`` is not a positive number, a transformation
+        stretches x and y differently, ``key_added`` does not say micrometers, or an element has a transformation of
+        that name.
 
     Examples
     --------

@@ -112,8 +112,8 @@ def segment_nuclei(
       compressed in memory, and unpacked where it is looked at.
     - ``sdata.attrs["stgen"][key_added]``: ``"image_key"``, ``"method"``, ``"channel"``, ``"threshold"``,
       ``"min_area_um2"``, ``"max_area_um2"``, ``"image_mpp"`` (µm per pixel of the image), ``"n_nuclei"``,
-      ``"function"``, ``"version"``; ``"image_full_scale"``, the value that was read as 1, where the type of the image does
-      not say it, and ``"image_alpha"`` where it has opacity.
+      ``"function"``, ``"version"``; ``"image_full_scale"``, the value that was read as 1, where the type of the image
+      does not say it, and ``"image_alpha"`` where it has opacity.
 
     Raises
     ------
@@ -200,8 +200,8 @@ def _check_area(smallest_um2: float, largest_um2: float, mpp: float) -> tuple[fl
         )
     if smallest_um2 < 4 * mpp**2:
         raise ValueError(
-            f"At {mpp:.4g} µm per pixel, a nucleus of {smallest_um2:.4g} µm² covers less than four pixels and cannot be "
-            "outlined. Use a finer image, correct mpp=, or raise min_area_um2."
+            f"At {mpp:.4g} µm per pixel, a nucleus of {smallest_um2:.4g} µm² covers less than four pixels and cannot "
+            "be outlined. Use a finer image, correct mpp=, or raise min_area_um2."
         )
     return smallest_um2 / mpp**2, largest_um2 / mpp**2
 
@@ -235,8 +235,8 @@ class _Finder:
 def hematoxylin(rgb: np.ndarray) -> np.ndarray:
     """Optical density of hematoxylin ``(h, w)``, natural logarithm, of colors ``(3, h, w)`` in [0, 1].
 
-    Deconvolved with the stain vectors of Ruifrok and Johnston (2001), as :func:`skimage.color.rgb2hed` does, but not cut
-    off at zero, where eosin alone lies.
+    Deconvolved with the stain vectors of Ruifrok and Johnston (2001), as :func:`skimage.color.rgb2hed` does, but not
+    cut off at zero, where eosin alone lies.
     """
     density = -np.log(np.clip(rgb, 1 / 255, 1))
     return np.tensordot(hed_from_rgb[:, 0].astype(np.float32), density.astype(np.float32), axes=1)

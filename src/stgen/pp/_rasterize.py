@@ -79,8 +79,9 @@ def rasterize(
     coordinate_system
         The grid lies along its axes. None: a micrometer one if there is one, else "global", else the first.
     mpp
-        µm per unit of that coordinate system. None: 1 if its name says micrometers, else from one that does, or from the bins
-        of Visium HD, which are named after their side (``square_016um``). For the "global" pixels of a Xenium section, 0.2125.
+        µm per unit of that coordinate system. None: 1 if its name says micrometers, else from one that does, or from
+        the bins of Visium HD, which are named after their side (``square_016um``). For the "global" pixels of a Xenium
+        section, 0.2125.
     key_added
         Name of the map.
     overwrite
@@ -90,8 +91,8 @@ def rasterize(
     -------
     None. Writes:
 
-    - ``sdata.images[key_added]``: counts per bin, float32 ``(c, y, x)``, a channel per gene, NaN outside the tissue, with
-      transformations to all coordinate systems of the source.
+    - ``sdata.images[key_added]``: counts per bin, float32 ``(c, y, x)``, a channel per gene, NaN outside the tissue,
+      with transformations to all coordinate systems of the source.
     - ``sdata.attrs["stgen"][key_added]``: ``"source"``, ``"layer"``, ``"unit"``, ``"bin_um"``, ``"mask_um"``,
       ``"coordinate_system"``, ``"genes"``, ``"function"``, ``"version"``.
 
@@ -182,7 +183,7 @@ def rasterize(
     logger.info("Counted %d genes in %d x %d bins of %g µm: images[%r].", len(names), width, height, bin_um, key_added)
 
 
-# -- where the counts come from -----------------------------------------------------------------------------------------
+# -- where the counts come from ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Molecules:
     """A points element, read one partition at a time."""

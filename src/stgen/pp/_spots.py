@@ -52,9 +52,9 @@ def simulate_spots(
 ) -> None:
     """Measure a single-molecule section with spots, as Visium would.
 
-    With ``thin``, each molecule is seen by the spots with that probability only, and the molecules that are not seen are
-    kept as the truth: measured and true counts are then independent given the expression, as they never are when the
-    same molecule is in both.
+    With ``thin``, each molecule is seen by the spots with that probability only, and the molecules that are not seen
+    are kept as the truth: measured and true counts are then independent given the expression, as they never are when
+    the same molecule is in both.
 
     Parameters
     ----------
@@ -89,11 +89,11 @@ def simulate_spots(
 
     - ``sdata.shapes[key_added]``: circles in the coordinates of the points (of the map: bins), with their
       transformations. Spots without any molecule, of whatever gene, are left out.
-    - ``sdata.tables[f"{key_added}_counts"]``: their counts, float32 CSR; whole numbers from points, sums of shares from a
-      map. ``obs["array_row"]`` and ``obs["array_col"]``, on a hexagonal grid counted as Visium does;
+    - ``sdata.tables[f"{key_added}_counts"]``: their counts, float32 CSR; whole numbers from points, sums of shares from
+      a map. ``obs["array_row"]`` and ``obs["array_col"]``, on a hexagonal grid counted as Visium does;
       ``obsm["spatial"]``, x, y of the circles.
-    - with ``thin``, ``sdata.points[f"{key_added}_rest"]`` or ``sdata.images[f"{key_added}_rest"]``: the molecules of the
-      whole section that the spots do not see, inside and outside of them: a share ``1 - thin``.
+    - with ``thin``, ``sdata.points[f"{key_added}_rest"]`` or ``sdata.images[f"{key_added}_rest"]``: the molecules of
+      the whole section that the spots do not see, inside and outside of them: a share ``1 - thin``.
     - ``sdata.attrs["stgen"]``, under ``key_added`` and for the rest under its own name: ``"source"``,
       ``"diameter_um"``, ``"pitch_um"``, ``"layout"``, ``"thin"``, ``"seed"``, ``"unit"``, ``"n_spots"``, ``"bin_um"``
       (rest of a map), ``"function"``, ``"version"``.
@@ -240,7 +240,8 @@ def spots_to_map(
     coordinate_system
         Where grid and spots meet. None: a micrometer one if there is one, else "global", else the first shared.
     mpp
-        µm per pixel of the image, where neither a micrometer coordinate system nor the 100 µm pitch of Visium spots tells.
+        µm per pixel of the image, where neither a micrometer coordinate system nor the 100 µm pitch of Visium spots
+        tells.
     key_added
         Name of the map.
     overwrite
@@ -250,8 +251,8 @@ def spots_to_map(
     -------
     None. Writes:
 
-    - ``sdata.images[key_added]``: counts per bin, float32 ``(c, y, x)``. A bin of which one spot covers any part has the
-      spot's counts, divided by its area in bins; a bin that several cover has the mean of theirs, weighted by the
+    - ``sdata.images[key_added]``: counts per bin, float32 ``(c, y, x)``. A bin of which one spot covers any part has
+      the spot's counts, divided by its area in bins; a bin that several cover has the mean of theirs, weighted by the
       shares that they cover; any other bin is NaN.
     - ``sdata.attrs["stgen"][key_added]``: ``"table_key"``, ``"layer"``, ``"unit"``, ``"bin_um"``, ``"n_spots"``,
       ``"function"``, ``"version"``.
@@ -261,15 +262,16 @@ def spots_to_map(
     KeyError
         If an element, coordinate system, layer or gene does not exist.
     ValueError
-        If the arguments do not name one grid, the locations are neither circles nor squares of one size, no spot lies on
-        the grid, counts are negative or not finite, or the key exists.
+        If the arguments do not name one grid, the locations are neither circles nor squares of one size, no spot lies
+        on the grid, counts are negative or not finite, or the key exists.
 
     Notes
     -----
-    Sums over the map, each bin weighted by the share of it that a spot covers, give back the spot's counts exactly where
-    no bin is shared with another spot and the spot lies on the grid: always for squares that are whole blocks of bins,
-    which tile the plane, and for discs whose gaps are at least a bin wide. Where discs share bins, it is approximate. The
-    plain sum over the map is larger than the counts, since bins at the rim of a disc have its full density.
+    Sums over the map, each bin weighted by the share of it that a spot covers, give back the spot's counts exactly
+    where no bin is shared with another spot and the spot lies on the grid: always for squares that are whole blocks of
+    bins, which tile the plane, and for discs whose gaps are at least a bin wide. Where discs share bins, it is
+    approximate. The plain sum over the map is larger than the counts, since bins at the rim of a disc have its full
+    density.
 
     Examples
     --------
@@ -449,8 +451,8 @@ def _seen_part(element: Any, map_key: str, thin: float | None, seed: int) -> da.
         known = np.nan_to_num(values)
         if (known != np.round(known)).any():
             raise ValueError(
-                f"The map {map_key!r} holds counts that are not whole, which cannot be thinned. Pass thin=None, or a map of "
-                "molecules from stgen.pp.rasterize."
+                f"The map {map_key!r} holds counts that are not whole, which cannot be thinned. Pass thin=None, or a "
+                "map of molecules from stgen.pp.rasterize."
             )
         gene = block_info[0]["array-location"][0][0]
         drawn = np.random.default_rng([seed, gene]).binomial(known.astype(np.int64), thin)

@@ -82,8 +82,8 @@ def tile_grid(
     Raises
     ------
     KeyError, ValueError
-        If there is no such image, its µm per pixel are not known, it shows nothing, a number is out of its range, tiles would be
-        more than memory holds, none lies on tissue, or a key exists.
+        If there is no such image, its µm per pixel are not known, it shows nothing, a number is out of its range, tiles
+        would be more than memory holds, none lies on tissue, or a key exists.
 
     Examples
     --------
@@ -112,8 +112,8 @@ def tile_grid(
     kept = share >= min_tissue
     if not kept.any():
         raise ValueError(
-            f"No tile lies on tissue: of {len(xy_um)} tiles, the highest share of tissue is {share.max(initial=0):.2f}. "
-            "Lower min_tissue or spacing_um, or check mpp."
+            f"No tile lies on tissue: of {len(xy_um)} tiles, the highest share of tissue is "
+            f"{share.max(initial=0):.2f}. Lower min_tissue or spacing_um, or check mpp."
         )
     xy_um, share = xy_um[kept], share[kept]
     if copy:
@@ -155,8 +155,9 @@ def _check_number(image: Histology, spacing_um: float) -> None:
     n_tiles = width_um * height_um / (spacing_um**2 * np.sqrt(0.75))
     if n_tiles > MOST_TILES:
         raise ValueError(
-            f"Tiles {spacing_um:.4g} µm apart on an image of {width_um:.4g} x {height_um:.4g} µm would be {n_tiles:.2g}, more than "
-            f"the {MOST_TILES:.2g} that can be held. Pass a larger spacing_um, or check mpp={image.mpp:.4g}."
+            f"Tiles {spacing_um:.4g} µm apart on an image of {width_um:.4g} x {height_um:.4g} µm would be "
+            f"{n_tiles:.2g}, more than the {MOST_TILES:.2g} that can be held. Pass a larger spacing_um, or check "
+            f"mpp={image.mpp:.4g}."
         )
 
 

@@ -107,15 +107,15 @@ def check_footprints(footprints: Footprints, bin_um: float) -> None:
     """Refuse spots smaller than a bin, two of them in one place, and too many."""
     if footprints.diameter < 0.999:
         raise ValueError(
-            f"the bins of {bin_um:.4g} µm are larger than the spots ({footprints.diameter * bin_um:.4g} µm); construct the model "
-            "with a smaller bin_um."
+            f"the bins of {bin_um:.4g} µm are larger than the spots ({footprints.diameter * bin_um:.4g} µm); construct "
+            "the model with a smaller bin_um."
         )
     _, first, count = np.unique(np.round(footprints.centers, 3), axis=0, return_index=True, return_counts=True)
     if (count > 1).any():
         y, x = footprints.centers[first[count > 1][0]]
         raise ValueError(
-            f"{int((count - 1).sum())} of {len(footprints)} spots lie where another one does (the first at bin (y, x) = "
-            f"({y:.1f}, {x:.1f})). Keep one of each, or sum their counts."
+            f"{int((count - 1).sum())} of {len(footprints)} spots lie where another one does (the first at bin (y, x) "
+            f"= ({y:.1f}, {x:.1f})). Keep one of each, or sum their counts."
         )
     if len(footprints) > MOST:
         raise ValueError(
@@ -152,8 +152,8 @@ def check_pixels(here: float, fitted: float, bin_um: float) -> None:
     if max(here, fitted) > COARSER * min(here, fitted):
         fits = max(1, int(np.floor(bin_um / max(here, fitted) + 0.2)))
         raise ValueError(
-            f"pixels of {here:.3g} µm and of {fitted:.3g} µm do not look alike: features of the image would not mean the same. A "
-            f"model with px_per_bin={fits} can read both: construct and fit one."
+            f"pixels of {here:.3g} µm and of {fitted:.3g} µm do not look alike: features of the image would not mean "
+            f"the same. A model with px_per_bin={fits} can read both: construct and fit one."
         )
 
 

@@ -44,11 +44,11 @@ DTYPES = {
 class KernelRegression(MapMaker[Sequence[MapInputs]]):
     """Expression as a Gaussian process of what places look like and, within a section, of where they are: in closed form.
 
-    Fitted on the spots of one section, it makes maps of that section: two places are alike if they are near each other or look
-    alike, in a proportion that the spots decide by predicting each of them from the others. Fitted on several, or applied to
-    another section, it goes by looks: kernels of image features, whose noise is what predicts whole sections (or, of one, blocks
-    of it) best from the others, for principal components that the genes share. Where the section to predict has spots of its own,
-    what is left of those is kriged with space and looks on top.
+    Fitted on the spots of one section, it makes maps of that section: two places are alike if they are near each other
+    or look alike, in a proportion that the spots decide by predicting each of them from the others. Fitted on several,
+    or applied to another section, it goes by looks: kernels of image features, whose noise is what predicts whole
+    sections (or, of one, blocks of it) best from the others, for principal components that the genes share. Where the
+    section to predict has spots of its own, what is left of those is kriged with space and looks on top.
 
     Nothing is trained: to fit is to remember the spots and what they look like.
 
@@ -243,7 +243,8 @@ class KernelRegression(MapMaker[Sequence[MapInputs]]):
         KeyError
             If the section has spots, in which a gene of the model was not measured.
         ValueError
-            If the model is not fitted, or image and spots do not fit it; or it does without an image and this is another section.
+            If the model is not fitted, or image and spots do not fit it; or it does without an image and this is
+            another section.
         """
         if len(self.total) == 0:
             raise ValueError("this KernelRegression has not been fitted; call stgen.tl.fit(model, data) first.")
@@ -253,7 +254,8 @@ class KernelRegression(MapMaker[Sequence[MapInputs]]):
         alone = known is not None and int(self.section.max()) == 0
         if not self.needs_image and not alone:
             raise ValueError(
-                "this KernelRegression does without an image: it makes maps of the one section that it was fitted on, and no other."
+                "this KernelRegression does without an image: it makes maps of the one section that it was fitted on, "
+                "and no other."
             )
         if self.needs_image and known is None:
             check_pixels(pixel_um(inputs), float(self.pixel.max()), self.config["bin_um"])
@@ -322,8 +324,8 @@ class KernelRegression(MapMaker[Sequence[MapInputs]]):
 
         Returns
         -------
-        The expected expression on the scale ``transform``, float32 ``(n, G)``; and the standard deviation of what the regression
-        leaves open, which is not all that may be wrong, or None.
+        The expected expression on the scale ``transform``, float32 ``(n, G)``; and the standard deviation of what the
+        regression leaves open, which is not all that may be wrong, or None.
         """
         applied = self.applied_to(inputs, progress=progress)
         places, genes = applied.places_of(footprints), applied.genes(self.genes)

@@ -60,10 +60,11 @@ class Spots:
 class Regression:
     """Depth and composition as kriged fields.
 
-    The counts of a place are its total times its composition. The logarithm of the total is one field. Of the composition,
-    ``log1p(counts / total x median total)``, each gene is kriged twice, and the mean of both is taken: by itself, and through
-    principal components of the most variable genes, each with its own kernel and noise, so that weak genes learn from strong
-    ones that go with them. Across sections, where a gene by itself has little to learn from, only through components.
+    The counts of a place are its total times its composition. The logarithm of the total is one field. Of the
+    composition, ``log1p(counts / total x median total)``, each gene is kriged twice, and the mean of both is taken: by
+    itself, and through principal components of the most variable genes, each with its own kernel and noise, so that
+    weak genes learn from strong ones that go with them. Across sections, where a gene by itself has little to learn
+    from, only through components.
 
     Parameters
     ----------
@@ -72,10 +73,11 @@ class Regression:
     guide
         Composition of the most variable genes, shape ``(n, K)``; or what remains of it.
     groups
-        Numbers of the groups of spots that predict one another, shape ``(n,)``, where what is to be predicted lies in another
-        section: then places are compared by what they look like only. None if it lies among the spots.
+        Numbers of the groups of spots that predict one another, shape ``(n,)``, where what is to be predicted lies in
+        another section: then places are compared by what they look like only. None if it lies among the spots.
     base
-        What the regression of other sections makes of these spots, shape ``(n,)`` of the depth: what remains of it is kriged.
+        What the regression of other sections makes of these spots, shape ``(n,)`` of the depth: what remains of it is
+        kriged.
     target
         Total that compositions refer to; that of the median spot by default.
     n_components

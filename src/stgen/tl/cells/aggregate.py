@@ -51,10 +51,10 @@ def aggregate_cells(
 ) -> SpatialData | None:
     """Sum the counts of a map over cells, each bin by the share of it that a cell covers.
 
-    Counts are taken to be spread evenly within a bin. A bin that lies in one cell gives it all of its counts, and a bin on
-    a border is divided by area, exactly, whatever lies turned, mirrored or at another resolution. What lies in no cell
-    stays outside, and nothing is given twice: where outlines overlap and the shares of a bin come to more than one, they
-    are scaled to sum to one.
+    Counts are taken to be spread evenly within a bin. A bin that lies in one cell gives it all of its counts, and a bin
+    on a border is divided by area, exactly, whatever lies turned, mirrored or at another resolution. What lies in no
+    cell stays outside, and nothing is given twice: where outlines overlap and the shares of a bin come to more than
+    one, they are scaled to sum to one.
 
     Parameters
     ----------
@@ -72,7 +72,8 @@ def aggregate_cells(
     min_covered
         Cells of which a smaller share lies on known bins are left out; cells of which nothing does always are.
     coordinate_system
-        The one in which map and cells meet; None: a micrometer one if there is one, else "global", else the first shared.
+        The one in which map and cells meet; None: a micrometer one if there is one, else "global", else the first
+        shared.
     key_added
         Name of the table; default ``f"{map_key}_cells"``.
     overwrite
@@ -82,17 +83,18 @@ def aggregate_cells(
 
     Returns
     -------
-    ``None``, or the copy. Written is ``sdata.tables[key_added]``, a row per cell, which annotates the mask or the shapes:
+    ``None``, or the copy. Written is ``sdata.tables[key_added]``, a row per cell, which annotates the mask or the
+    shapes:
 
     - ``X``: counts, float32 CSR ``(n_cells, G)``, in the unit of the map
     - ``layers[f"{key_added}_std"]``: the same of the standard deviation over samples, where the map was made with
       ``keep_samples=True``: each sample is summed over cells, and then they are compared
-    - ``obs``: ``region`` and ``instance_id`` (the link), ``area_um2``, and ``covered``, the share of the cell's area that lies
-      on bins which are known for all genes; counts hold for this part of the cell and are not extrapolated
+    - ``obs``: ``region`` and ``instance_id`` (the link), ``area_um2``, and ``covered``, the share of the cell's area
+      that lies on bins which are known for all genes; counts hold for this part of the cell and are not extrapolated
     - ``var["outside"]``: counts of the map that are in no row
     - ``obsm["spatial"]``: centroids as x, y in the coordinate system
-    - ``uns["stgen"][key_added]``: ``map_key``, ``cells``, ``unit``, ``bin_um``, ``coordinate_system``, ``genes``, ``min_covered``,
-      ``n_cells``, ``n_left_out``, ``n_samples``, ``function``, ``version``
+    - ``uns["stgen"][key_added]``: ``map_key``, ``cells``, ``unit``, ``bin_um``, ``coordinate_system``, ``genes``,
+      ``min_covered``, ``n_cells``, ``n_left_out``, ``n_samples``, ``function``, ``version``
 
     Raises
     ------
@@ -101,13 +103,14 @@ def aggregate_cells(
     TypeError
         If the cells are neither a mask of whole numbers nor polygons or circles.
     ValueError
-        If not one kind of cells is named, no cell lies on known bins, the map holds negative or infinite values, map and
-        cells share no coordinate system, or the key exists.
+        If not one kind of cells is named, no cell lies on known bins, the map holds negative or infinite values, map
+        and cells share no coordinate system, or the key exists.
 
     Notes
     -----
-    The map is read chunk by chunk, each once, and never held as a whole; ``spatialdata.aggregate`` would sum whole pixels.
-    Shares follow from the outlines by Green's theorem, not from sampling; circles are polygons of 32 sides and the same area.
+    The map is read chunk by chunk, each once, and never held as a whole; ``spatialdata.aggregate`` would sum whole
+    pixels. Shares follow from the outlines by Green's theorem, not from sampling; circles are polygons of 32 sides and
+    the same area.
 
     Examples
     --------
@@ -145,8 +148,8 @@ def aggregate_cells(
     kept = (covered > 0) & (covered >= min_covered)
     if not kept.any():
         raise ValueError(
-            f"none of the {len(kept)} cells of {cells_key!r} has a share of {min_covered:g} or more on known bins of the map "
-            f"{map_key!r}. Check that they lie on each other in {system!r}, or lower min_covered."
+            f"none of the {len(kept)} cells of {cells_key!r} has a share of {min_covered:g} or more on known bins of "
+            f"the map {map_key!r}. Check that they lie on each other in {system!r}, or lower min_covered."
         )
     table = _table(overlap, counts, covered, kept, genes, grid, system)
     table.var["outside"] = np.maximum(summed.total - np.asarray(table.X.sum(0, dtype=np.float64)).ravel(), 0)

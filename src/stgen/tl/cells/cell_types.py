@@ -57,15 +57,16 @@ def localize_cell_types(
 ) -> SpatialData | AnnData | None:
     r"""Tell the cell type of each bin, spot or cell, and how sure samples are of it.
 
-    Each location is compared with every type as a whole: what holds cells of several types gets the one that explains it
-    best alone, with a probability that says so. It is no deconvolution.
+    Each location is compared with every type as a whole: what holds cells of several types gets the one that explains
+    it best alone, with a probability that says so. It is no deconvolution.
 
     Parameters
     ----------
     data
         Object with a map of expected counts, or with a table of spots or cells.
     markers
-        Marker genes of each type, ``{type: [genes]}``. Markers that were not measured are left out, and named in the log.
+        Marker genes of each type, ``{type: [genes]}``. Markers that were not measured are left out, and named in the
+        log.
     reference
         Or else: cells or spots of known type, with counts. All genes that it shares with ``data`` are used.
     labels_column
@@ -95,25 +96,27 @@ def localize_cell_types(
     -------
     ``None``, or the copy. Of a map is written, NaN (or 0) where one of the genes is NaN:
 
-    - ``sdata.images[key_added]``: probability of each type, float32 ``(types, y, x)``, channels named after types, on the
-      bins of the map
-    - ``sdata.labels[f"{key_added}_label"]``: number of the most probable type, from 1 in the order of the channels; 0 where
-      there is none, uint16 ``(y, x)``
-    - ``sdata.images[f"{key_added}_frequency"]``: share of the samples of which each type is the most probable, where two or
-      more samples were kept (``keep_samples=True``); like the probability
+    - ``sdata.images[key_added]``: probability of each type, float32 ``(types, y, x)``, channels named after types, on
+      the bins of the map
+    - ``sdata.labels[f"{key_added}_label"]``: number of the most probable type, from 1 in the order of the channels; 0
+      where there is none, uint16 ``(y, x)``
+    - ``sdata.images[f"{key_added}_frequency"]``: share of the samples of which each type is the most probable, where
+      two or more samples were kept (``keep_samples=True``); like the probability
 
     Of a table:
 
     - ``obsm[key_added]``: probability, DataFrame ``(n_obs, types)``
     - ``obs[f"{key_added}_label"]``: the most probable type, categorical; missing where none of the genes was counted
     - ``obsm[f"{key_added}_frequency"]``: as above, DataFrame, where the samples of a prediction were kept, or those of
-      the map that :func:`stgen.tl.aggregate_cells` summed into the table are still there: they are summed again, one by one
+      the map that :func:`stgen.tl.aggregate_cells` summed into the table are still there: they are summed again, one by
+      one
 
-    Where none of the genes was counted, probabilities are those of the prior (uniform for markers), and there is no label.
+    Where none of the genes was counted, probabilities are those of the prior (uniform for markers), and there is no
+    label.
 
-    The record, under ``key_added`` (and the names of the other elements) in ``sdata.attrs["stgen"]`` or ``uns["stgen"]``,
-    holds ``"types"`` (a name per line), ``"method"``, ``"map_key"`` or ``"layer"``, ``"genes"``, ``"labels_column"``,
-    ``"prior"``, ``"temperature"``, ``"unit"``, ``"n_samples"``, ``"function"``, ``"version"``.
+    The record, under ``key_added`` (and the names of the other elements) in ``sdata.attrs["stgen"]`` or
+    ``uns["stgen"]``, holds ``"types"`` (a name per line), ``"method"``, ``"map_key"`` or ``"layer"``, ``"genes"``,
+    ``"labels_column"``, ``"prior"``, ``"temperature"``, ``"unit"``, ``"n_samples"``, ``"function"``, ``"version"``.
 
     Raises
     ------
@@ -122,26 +125,29 @@ def localize_cell_types(
     TypeError
         If an argument is of the wrong kind.
     ValueError
-        If not one of ``markers`` and ``reference`` is given, there are fewer than two types, too few genes are shared, values
-        are not counts, or a key exists.
+        If not one of ``markers`` and ``reference`` is given, there are fewer than two types, too few genes are shared,
+        values are not counts, or a key exists.
 
     Notes
     -----
-    **Reference**: multinomial naive Bayes. With counts :math:`x_g`, the profile :math:`p_{tg}` (share of gene g in the counts
-    of all reference cells of type t, one count added per gene), the prior :math:`\pi_t` and the temperature :math:`T`,
+    **Reference**: multinomial naive Bayes. With counts :math:`x_g`, the profile :math:`p_{tg}` (share of gene g in the
+    counts of all reference cells of type t, one count added per gene), the prior :math:`\pi_t` and the temperature
+    :math:`T`,
 
     .. math:: P(t \mid x) \propto \pi_t \exp\Big(\tfrac{1}{T} \sum_g x_g \log p_{tg}\Big).
 
-    Only the shares of genes matter for the type, not the depth of a location; the depth makes it more certain. Genes are
-    taken as independent, so the probabilities of locations with many counts are too certain; samples are not, if they are
-    calibrated. A prediction on the scale of counts per 10,000 is taken as that many counts, the more so: raise the temperature.
+    Only the shares of genes matter for the type, not the depth of a location; the depth makes it more certain. Genes
+    are taken as independent, so the probabilities of locations with many counts are too certain; samples are not, if
+    they are calibrated. A prediction on the scale of counts per 10,000 is taken as that many counts, the more so: raise
+    the temperature.
 
-    **Markers**: counts become ``log1p(counts per 10,000)`` of the location, and each marker is standardized over all locations
-    (of the same sample). A type's score is the mean over its markers, and probabilities are the softmax of scores divided by
+    **Markers**: counts become ``log1p(counts per 10,000)`` of the location, and each marker is standardized over all
+    locations (of the same sample). A type's score is the mean over its markers, and probabilities are the softmax of
+    scores divided by
     :math:`T`.
 
-    With samples, the same is done with each of them on its own. A map is read window by window, some genes at a time, and
-    never held as a whole; the result, a channel per type, is.
+    With samples, the same is done with each of them on its own. A map is read window by window, some genes at a time,
+    and never held as a whole; the result, a channel per type, is.
 
     Examples
     --------
@@ -237,14 +243,16 @@ class _Profiles:
         types, code = [str(name) for name in label.categories], label.codes.to_numpy()
         if len(set(types)) < max(2, len(types)):
             raise ValueError(
-                f"obs[{labels_column!r}] of the reference must name at least two types, each once; found {_named(types)}."
+                f"obs[{labels_column!r}] of the reference must name at least two types, each once; found "
+                f"{_named(types)}."
             )
         known = set(reference.var_names)
         genes = [gene for gene in measured if gene in known]
         if len(genes) < 2:
             raise ValueError(
-                f"the reference shares {len(genes)} genes with the data, and at least two are needed; its genes look like "
-                f"{_named(reference.var_names[:3])}, those of the data like {_named(measured[:3])}. Bring both to one naming."
+                f"the reference shares {len(genes)} genes with the data, and at least two are needed; its genes look "
+                f"like {_named(reference.var_names[:3])}, those of the data like {_named(measured[:3])}. Bring both to "
+                "one naming."
             )
         counts = get_counts(reference, genes=genes, layer=layer, dense=False)
         rows = np.flatnonzero(code >= 0)
@@ -301,8 +309,8 @@ class _Markers:
         without = [name for name, genes in found.items() if not genes]
         if without:
             raise KeyError(
-                f"no marker of {_named(without)} was measured (such as {_named(list(markers[without[0]])[:3])}); the genes "
-                f"look like {_named(measured[:3])}. Name others, or leave the type out."
+                f"no marker of {_named(without)} was measured (such as {_named(list(markers[without[0]])[:3])}); the "
+                f"genes look like {_named(measured[:3])}. Name others, or leave the type out."
             )
         missing = [gene for genes in markers.values() for gene in genes if gene not in known]
         if missing:
@@ -395,7 +403,8 @@ class _Target:
                 taken = others.get(name.lower(), taken)
             if taken is not None:
                 raise ValueError(
-                    f"{taken!r} is there and not a result of {FUNCTION}, so it is not replaced; pass another key_added=."
+                    f"{taken!r} is there and not a result of {FUNCTION}, so it is not replaced; pass another "
+                    "key_added=."
                 )
         trial = SpatialData()  # refuses names that cannot be stored
         if map_key is None:

@@ -53,8 +53,8 @@ def find_domains(
     """Group spots, cells or bins by what they express: scanpy's Leiden clustering, of counts or of predictions.
 
     Counts are brought to 10,000 per location and to log1p, then principal components, the graph of nearest neighbors
-    and its Leiden communities follow. Where something lies is not looked at: domains that are connected in space were found
-    so. Predictions on the scale of log1p of counts per 10,000 are taken as they are.
+    and its Leiden communities follow. Where something lies is not looked at: domains that are connected in space were
+    found so. Predictions on the scale of log1p of counts per 10,000 are taken as they are.
 
     Parameters
     ----------
@@ -67,11 +67,11 @@ def find_domains(
     layer
         Layer of the table with counts, or a prediction of :func:`stgen.tl.predict_expression`; None for ``X``.
     genes
-        Genes to group by, all that there are by default. Counts per 10,000 are of all genes in any case (of a prediction: of all that
-        were predicted).
+        Genes to group by, all that there are by default. Counts per 10,000 are of all genes in any case (of a
+        prediction: of all that were predicted).
     n_domains
-        Number of domains, for which a resolution is searched. Leiden cannot give every number: the closest is taken, and a
-        warning says so.
+        Number of domains, for which a resolution is searched. Leiden cannot give every number: the closest is taken,
+        and a warning says so.
     resolution
         Of Leiden, where no number is asked for: more domains if it is larger.
     n_pcs
@@ -79,9 +79,9 @@ def find_domains(
     n_neighbors
         Neighbors of each location in the graph.
     max_locations
-        Where there are more, so many of them, drawn at random, are clustered; each of the others goes with the majority of its
-        neighbors among these, in the space of the principal components. Neighbors are found exactly, which takes time with the
-        square of this number: seconds at 50,000, minutes at 200,000.
+        Where there are more, so many of them, drawn at random, are clustered; each of the others goes with the majority
+        of its neighbors among these, in the space of the principal components. Neighbors are found exactly, which takes
+        time with the square of this number: seconds at 50,000, minutes at 200,000.
     seed
         Random seed; the same one gives the same domains.
     key_added
@@ -93,15 +93,15 @@ def find_domains(
 
     Returns
     -------
-    ``None``, or the copy. Domains are numbered from the largest on, from 0, as scanpy does. Locations with no count, and bins
-    where a gene is NaN, have none. Written is
+    ``None``, or the copy. Domains are numbered from the largest on, from 0, as scanpy does. Locations with no count,
+    and bins where a gene is NaN, have none. Written is
 
     - of a table ``obs[key_added]``, categorical: ``"0"``, ``"1"``, ...
     - of a map ``sdata.labels[key_added]``, uint16 ``(y, x)``: 0 for none, 1 for domain 0, and so on
 
-    The record, in ``uns["stgen"][key_added]`` or ``sdata.attrs["stgen"][key_added]``, holds ``"map_key"`` or ``"layer"``
-    (neither for ``X``), ``"genes"``, ``"types"`` (names of the domains, one per line), ``"resolution"``, ``"n_pcs"``, ``"n_neighbors"``,
-    ``"n_clustered"``, ``"seed"``, ``"function"``, ``"version"``.
+    The record, in ``uns["stgen"][key_added]`` or ``sdata.attrs["stgen"][key_added]``, holds ``"map_key"`` or
+    ``"layer"`` (neither for ``X``), ``"genes"``, ``"types"`` (names of the domains, one per line), ``"resolution"``,
+    ``"n_pcs"``, ``"n_neighbors"``, ``"n_clustered"``, ``"seed"``, ``"function"``, ``"version"``.
 
     Raises
     ------
@@ -110,8 +110,8 @@ def find_domains(
     TypeError
         If ``data`` is of another kind.
     ValueError
-        If an argument is impossible, there are fewer than 20 locations with counts or fewer than two genes that differ between
-        them, values are not counts, or the key exists, holds something else, or cannot be stored.
+        If an argument is impossible, there are fewer than 20 locations with counts or fewer than two genes that differ
+        between them, values are not counts, or the key exists, holds something else, or cannot be stored.
 
     See Also
     --------
@@ -122,8 +122,8 @@ def find_domains(
     -----
     The path is that of Stem, Section 5.2, "Unsupervised Tissue Structure Annotation", with the default steps of scanpy
     (:func:`scanpy.pp.normalize_total`, :func:`scanpy.pp.log1p`, :func:`scanpy.pp.pca`, :func:`scanpy.pp.neighbors`,
-    :func:`scanpy.tl.leiden` of igraph). A prediction has no counting noise, so its neighbors are closer and its domains look
-    cleaner than those of counts, whether they are right or not.
+    :func:`scanpy.tl.leiden` of igraph). A prediction has no counting noise, so its neighbors are closer and its domains
+    look cleaner than those of counts, whether they are right or not.
 
     Examples
     --------

@@ -227,8 +227,8 @@ def _samples_of_cells(
         row, column = pd.Index(overlap.instances).get_indexer(names), pd.Index(wanted)
         if (row < 0).any():
             raise ValueError(
-                f"{(row < 0).sum()} rows of the table are no cells of {cells!r} any more, so the samples of {map_key!r} cannot "
-                "be summed over them; run stgen.tl.aggregate_cells again."
+                f"{(row < 0).sum()} rows of the table are no cells of {cells!r} any more, so the samples of "
+                f"{map_key!r} cannot be summed over them; run stgen.tl.aggregate_cells again."
             )
         return lambda rows, some: sums[row[rows]][:, column.get_indexer(some)]
 

@@ -66,12 +66,13 @@ def compare(
     """Compare models that predict expression from histology: same split, genes, embedding and scores, several seeds.
 
     Each model is fitted on the training sections (:func:`stgen.tl.fit`), predicts the test sections
-    (:func:`stgen.tl.predict_expression`) and is scored there (:func:`stgen.tl.evaluate`). Genes, scales and the number of
-    training steps are decided on the training sections; of the test sections only the names of their genes are looked at
-    before. Report the simple models beside the others: ``["Stem", "LinearProbe", "Retrieval", "TrainingMean"]``.
+    (:func:`stgen.tl.predict_expression`) and is scored there (:func:`stgen.tl.evaluate`). Genes, scales and the number
+    of training steps are decided on the training sections; of the test sections only the names of their genes are
+    looked at before. Report the simple models beside the others: ``["Stem", "LinearProbe", "Retrieval",
+    "TrainingMean"]``.
 
-    The folder holds all that it takes to repeat the comparison. The same call continues one that was interrupted, also in
-    the middle of a fit, and only reads one that is complete. A comparison is repeated from its folder by
+    The folder holds all that it takes to repeat the comparison. The same call continues one that was interrupted, also
+    in the middle of a fit, and only reads one that is complete. A comparison is repeated from its folder by
     ``compare(folder, data, folder=another)``; with the same versions on the same CPU, every number is the same.
 
     Parameters
@@ -79,14 +80,14 @@ def compare(
     models
         Names of models of locations, such as ``"Stem"`` or ``"LinearProbe"``; or a mapping from labels to names or to
         ``{"model": "Stem", "config": {"width": 96}, "fit": {"steps": 3000}}``, JSON values all: ``"config"`` for the
-        constructor (``genes``, ``embedding_dim`` and ``transform`` are the same for all and not part of it), ``"fit"`` for
-        :func:`stgen.tl.fit` (``validation``, and the options of :func:`stgen.train.fit` of models that train in steps). Or
-        the folder of an earlier comparison, to repeat it: then everything but ``data``, where things are in it, ``folder``,
-        ``device`` and ``progress`` is taken from there.
+        constructor (``genes``, ``embedding_dim`` and ``transform`` are the same for all and not part of it), ``"fit"``
+        for :func:`stgen.tl.fit` (``validation``, and the options of :func:`stgen.train.fit` of models that train in
+        steps). Or the folder of an earlier comparison, to repeat it: then everything but ``data``, where things are in
+        it, ``folder``, ``device`` and ``progress`` is taken from there.
     data
-        Sections by name, each with counts and the same histology embedding (:func:`stgen.pp.embed`). Those that are not in
-        ``test`` are trained on. To repeat a comparison, save the embeddings with the sections: another machine may compute
-        other last digits, and data that differ are refused.
+        Sections by name, each with counts and the same histology embedding (:func:`stgen.pp.embed`). Those that are not
+        in ``test`` are trained on. To repeat a comparison, save the embeddings with the sections: another machine may
+        compute other last digits, and data that differ are refused.
     folder
         Where the results go; made if need be. It is new or empty, or holds this same comparison.
     test
@@ -96,8 +97,9 @@ def compare(
     allow_same_patient
         Allow sections of one patient on both sides, or leave ``patients`` out; the table then says so.
     genes
-        How many genes to choose by :func:`stgen.pp.select_genes` on the training sections, of those that the test sections
-        measure too; or a list, best first, that was chosen on training tissue. Its order is what PCC-10 and PCC-50 "ranked" go by.
+        How many genes to choose by :func:`stgen.pp.select_genes` on the training sections, of those that the test
+        sections measure too; or a list, best first, that was chosen on training tissue. Its order is what PCC-10 and
+        PCC-50 "ranked" go by.
     gene_options
         Options of :func:`stgen.pp.select_genes`: ``flavor``, ``groupby``, ``exclude``, ``transform``.
     transform
@@ -116,18 +118,20 @@ def compare(
 
     Returns
     -------
-    One row per model, seed and test section. ``"model"`` (the label), ``"seed"``, ``"section"``, ``"same_patient"`` (whether
-    tissue of the section's patient was trained on, nullable boolean; missing without ``patients``), then a column for each score
-    of the ``summary`` of :func:`stgen.tl.evaluate`, on the scale ``transform``; NaN for scores that a model does not have.
-    ``table.groupby("model")["PCC"].agg(["mean", "std"])`` averages over seeds, ``table.melt(["model", "seed", "section"], ["PCC",
-    "GSC"])`` makes the long form. Written to ``folder``, models as safetensors, all else as text:
+    One row per model, seed and test section. ``"model"`` (the label), ``"seed"``, ``"section"``, ``"same_patient"``
+    (whether tissue of the section's patient was trained on, nullable boolean; missing without ``patients``), then a
+    column for each score of the ``summary`` of :func:`stgen.tl.evaluate`, on the scale ``transform``; NaN for scores
+    that a model does not have. ``table.groupby("model")["PCC"].agg(["mean", "std"])`` averages over seeds,
+    ``table.melt(["model", "seed", "section"], ["PCC", "GSC"])`` makes the long form. Written to ``folder``, models as
+    safetensors, all else as text:
 
-    - ``comparison.json``: models and their configuration, split, patients, gene list, seeds, sampler, hashes of the data,
-      versions and device
+    - ``comparison.json``: models and their configuration, split, patients, gene list, seeds, sampler, hashes of the
+      data, versions and device
     - ``scores.csv``: the table
-    - ``runs/<label>/seed_<seed>/scores.json``: for each test section ``"summary"`` and, gene by gene, ``"genes"``; the hash of the
-      weights, seconds that fit and prediction took, versions and device
-    - ``runs/<label>/seed_<seed>/model``: the fitted model, for :func:`stgen.models.load`; ``checkpoint`` beside it while it is fitted
+    - ``runs/<label>/seed_<seed>/scores.json``: for each test section ``"summary"`` and, gene by gene, ``"genes"``; the
+      hash of the weights, seconds that fit and prediction took, versions and device
+    - ``runs/<label>/seed_<seed>/model``: the fitted model, for :func:`stgen.models.load`; ``checkpoint`` beside it
+      while it is fitted
 
     Raises
     ------
@@ -227,7 +231,7 @@ def _differ(value: Any, default: Any) -> bool:
     return bool(np.ravel(value).tolist() != np.ravel(default).tolist())
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_work(

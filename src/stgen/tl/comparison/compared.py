@@ -107,8 +107,9 @@ def known_genes(there: list[str], genes: str | Sequence[str], key: str) -> list[
     missing = [gene for gene in genes if gene not in there]
     if missing or not genes:
         raise KeyError(
-            f"{len(missing)} of {len(genes)} genes are not in {key!r} (and its truth): {', '.join(missing[:5]) or 'none named'}"
-            f"; found {', '.join(there[:5])}{', ...' if len(there) > 5 else ''} ({len(there)} in all)."
+            f"{len(missing)} of {len(genes)} genes are not in {key!r} (and its truth): "
+            f"{', '.join(missing[:5]) or 'none named'}; found "
+            f"{', '.join(there[:5])}{', ...' if len(there) > 5 else ''} ({len(there)} in all)."
         )
     return genes
 
@@ -137,8 +138,9 @@ class TableCompared:
         for name in (None if alone else key, truth_key):
             if name is not None and name != "X" and name not in table.layers:
                 raise KeyError(
-                    f"`keys` or `truth_key`: there is no layer {name!r} in the table, and no map of this name; its layers are "
-                    f"{', '.join(map(repr, table.layers)) or 'none'}. Pass a layer's name, 'X', or table_key=."
+                    f"`keys` or `truth_key`: there is no layer {name!r} in the table, and no map of this name; its "
+                    f"layers are {', '.join(map(repr, table.layers)) or 'none'}. Pass a layer's name, 'X', or "
+                    "table_key=."
                 )
         if is_result and transform not in (None, entry["transform"]):
             raise ValueError(f"the prediction {key!r} is on the scale {entry['transform']!r}; leave `transform` out.")

@@ -72,8 +72,8 @@ def choose_genes(
     shared = [gene for gene in ranked if all(gene in table.var_names for table in test.values())]
     if len(shared) < n:
         raise ValueError(
-            f"{len(shared)} genes are eligible in the training sections and measured in the test sections; {n} were asked "
-            "for. Pass a smaller genes=."
+            f"{len(shared)} genes are eligible in the training sections and measured in the test sections; {n} were "
+            "asked for. Pass a smaller genes=."
         )
     return shared[:n]
 

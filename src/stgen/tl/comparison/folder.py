@@ -34,8 +34,8 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     file = folder / "comparison.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no comparison in {str(folder)!r} to repeat: it has no comparison.json. If {folder.name!r} is a model, "
-            f"pass a list: [{folder.name!r}]."
+            f"there is no comparison in {str(folder)!r} to repeat: it has no comparison.json. If {folder.name!r} is a "
+            f"model, pass a list: [{folder.name!r}]."
         )
     content = json.loads(file.read_text(encoding="utf-8"))
     absent = {*PLAN, "embedding", "data", "made_with"} - content.keys()
@@ -72,8 +72,8 @@ def check_same(content: dict[str, Any], made_with: dict[str, Any], other: dict[s
     differing = _differences({name: other[name] for name in content}, content)
     if differing:
         raise ValueError(
-            f"{place} holds another comparison: {'; '.join(differing[:8])}. Name a new folder, or pass what it was made with; "
-            f"stgen.tl.compare({str(place)!r}, data, folder=...) repeats it."
+            f"{place} holds another comparison: {'; '.join(differing[:8])}. Name a new folder, or pass what it was "
+            f"made with; stgen.tl.compare({str(place)!r}, data, folder=...) repeats it."
         )
     differing = _differences(other["made_with"], made_with)
     if differing:

@@ -100,8 +100,8 @@ def _same_patient(
             return dict.fromkeys(test)
         entries = ", ".join(f"{name!r}: ..." for name in [*train, *test])
         raise ValueError(
-            f"a fair test is on tissue of another patient: pass patients={{{entries}}}, or allow_same_patient=True if it is "
-            "not known whose tissue it is."
+            f"a fair test is on tissue of another patient: pass patients={{{entries}}}, or allow_same_patient=True if "
+            "it is not known whose tissue it is."
         )
     missing = [name for name in [*train, *test] if name not in patients]
     if missing:
@@ -112,8 +112,8 @@ def _same_patient(
         name = next(name for name in test if same[name])
         patient = str(patients[name])
         raise ValueError(
-            f"patient {patient!r} stands on both sides of the split: {trained_on[patient]!r} is trained on, {name!r} tested "
-            "on. Test on another patient, or pass allow_same_patient=True, and the table will say so."
+            f"patient {patient!r} stands on both sides of the split: {trained_on[patient]!r} is trained on, {name!r} "
+            "tested on. Test on another patient, or pass allow_same_patient=True, and the table will say so."
         )
     return same
 
@@ -142,8 +142,9 @@ def _spec(label: Any, given: Any) -> dict[str, Any]:
         raise ValueError(f'model {label!r}: "model" must be one of {names}; found {spec["model"]!r}.')
     if cls.takes != "locations":
         raise ValueError(
-            f"model {label!r}: {cls.__name__} makes maps, and models of locations are compared here: {names}. Fit it with "
-            "stgen.tl.fit(model, data, map_key=...), and score its maps with stgen.tl.evaluate(..., truth_key=...)."
+            f"model {label!r}: {cls.__name__} makes maps, and models of locations are compared here: {names}. Fit it "
+            "with stgen.tl.fit(model, data, map_key=...), and score its maps with stgen.tl.evaluate(..., "
+            "truth_key=...)."
         )
     allowed = {"validation"} | (FIT_OPTIONS if is_stepped(cls) else set())
     unknown = [f'"{name}"' for name in set(spec) - {"model", "config", "fit"}]
@@ -151,8 +152,8 @@ def _spec(label: Any, given: Any) -> dict[str, Any]:
     unknown += [f'"{name}" of "config"' for name in {"genes", "embedding_dim", "transform"} & set(spec["config"])]
     if unknown:
         raise ValueError(
-            f'model {label!r} takes "model", "config" (without genes, embedding_dim and transform, which are the same for '
-            f'all) and "fit" ({", ".join(sorted(allowed))}); found {", ".join(sorted(unknown))}.'
+            f'model {label!r} takes "model", "config" (without genes, embedding_dim and transform, which are the same '
+            f'for all) and "fit" ({", ".join(sorted(allowed))}); found {", ".join(sorted(unknown))}.'
         )
     try:
         return json.loads(json.dumps(spec, allow_nan=False))

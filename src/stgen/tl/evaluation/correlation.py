@@ -76,17 +76,17 @@ def gene_correlation(
     genes
         Genes to correlate, in this order; None for all that prediction and truth share.
     transform
-        Scale on which counts are correlated: ``"log1p_raw"`` by default for maps, ``"log1p_norm"`` for tables. Results of
-        :func:`stgen.tl.predict_expression` are on their own scale, and so is then the truth.
+        Scale on which counts are correlated: ``"log1p_raw"`` by default for maps, ``"log1p_norm"`` for tables. Results
+        of :func:`stgen.tl.predict_expression` are on their own scale, and so is then the truth.
     table_key
         Table of a SpatialData, where there are several.
 
     Returns
     -------
-    ``prediction`` and ``truth``: DataFrames ``(G, G)`` with the genes as index and columns, 0 for genes that are constant; and
-    ``gsc``, how well they agree. Where samples were kept, ``prediction`` is the mean of their matrices: the matrix of a
-    mean of samples shows co-expression that no sample has. Of maps, only bins that are known for all genes, in both,
-    take part.
+    ``prediction`` and ``truth``: DataFrames ``(G, G)`` with the genes as index and columns, 0 for genes that are
+    constant; and ``gsc``, how well they agree. Where samples were kept, ``prediction`` is the mean of their matrices:
+    the matrix of a mean of samples shows co-expression that no sample has. Of maps, only bins that are known for all
+    genes, in both, take part.
 
     Raises
     ------
@@ -98,8 +98,8 @@ def gene_correlation(
 
     Notes
     -----
-    The truth's matrix carries the counting noise of its locations, which pulls correlations towards zero: a prediction of
-    the true rates shows stronger ones than the counts themselves.
+    The truth's matrix carries the counting noise of its locations, which pulls correlations towards zero: a prediction
+    of the true rates shows stronger ones than the counts themselves.
 
     Examples
     --------

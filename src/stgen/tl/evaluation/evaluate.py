@@ -42,22 +42,22 @@ def evaluate(
     Parameters
     ----------
     data
-        Object with the result of :func:`stgen.tl.predict_expression` in the layers of a table, and counts; or with a map of
-        counts as an image, such as :func:`stgen.tl.superresolve` makes, and another of the truth.
+        Object with the result of :func:`stgen.tl.predict_expression` in the layers of a table, and counts; or with a
+        map of counts as an image, such as :func:`stgen.tl.superresolve` makes, and another of the truth.
     key
         The result's ``key_added``: an image of a SpatialData, or else a layer of its table.
     truth_key
         Map only: image with the true counts, on the same grid. Genes of both are scored, and bins that are NaN in
         either are left out.
     low_res
-        Map only: what the prediction was made from, a map of larger bins or the table of spots (of which the layer is taken
-        that the prediction was made from). Adds the residual of measurement consistency.
+        Map only: what the prediction was made from, a map of larger bins or the table of spots (of which the layer is
+        taken that the prediction was made from). Adds the residual of measurement consistency.
     replicate_key
         Map only: image with counts of the same tissue that are independent of the truth, such as the other half of the
         molecules. Adds the noise ceiling, their correlation's square root, and what a perfect sample would score.
     transform
-        Map only: scale of the scores, ``"log1p_raw"`` by default, or ``"log2p1_raw"`` or ``"none"`` (counts). Predictions in a
-        table are scored on their own scale.
+        Map only: scale of the scores, ``"log1p_raw"`` by default, or ``"log2p1_raw"`` or ``"none"`` (counts).
+        Predictions in a table are scored on their own scale.
     gene_scale
         Map only: number by which each gene is divided after the transform, for example a high quantile on training
         tissue.
@@ -71,25 +71,27 @@ def evaluate(
 
     Returns
     -------
-    ``genes``: PCC (0 for a constant), MSE, RMSE, MAE, RVD of the prediction; with kept samples also RVD of single samples
-    (averaged), coverage of the 50, 80 and 90 % intervals (NaN of fewer than 20 samples), and CRPS. ``summary``: means over genes, medians of RVD, PCC-k,
-    GSC and SSC (from the samples where kept; ``GSC_sample`` is that of one sample on its own), and the number of constant
-    predictions.
+    ``genes``: PCC (0 for a constant), MSE, RMSE, MAE, RVD of the prediction; with kept samples also RVD of single
+    samples (averaged), coverage of the 50, 80 and 90 % intervals (NaN of fewer than 20 samples), and CRPS. ``summary``:
+    means over genes, medians of RVD, PCC-k, GSC and SSC (from the samples where kept; ``GSC_sample`` is that of one
+    sample on its own), and the number of constant predictions.
 
     Maps also have SSIM, whose data range is 1 with ``gene_scale`` and else the largest true value of the gene on the
-    scale (``SSIM_sample``: that of single samples), and ``Moran_difference``, Moran's I of prediction (or mean over samples) minus that of the truth, among bins
-    that share a side. The map itself is the prediction that is scored; kept samples serve the scores of single samples
-    and of the spread. With ``replicate_key``: ``ceiling``, ``PCC/ceiling`` and ``SSIM_replicate``, which perfect single
-    samples would have. With ``low_res``: ``residual_mean`` and ``residual_max``, over footprints, of ``|predicted - measured| / max(measured, 1)``, in counts; footprints that reach beyond the map or hold
-    no predicted bin are left out, and ``residual_max`` of the summary is the largest over genes.
+    scale (``SSIM_sample``: that of single samples), and ``Moran_difference``, Moran's I of prediction (or mean over
+    samples) minus that of the truth, among bins that share a side. The map itself is the prediction that is scored;
+    kept samples serve the scores of single samples and of the spread. With ``replicate_key``: ``ceiling``,
+    ``PCC/ceiling`` and ``SSIM_replicate``, which perfect single samples would have. With ``low_res``: ``residual_mean``
+    and ``residual_max``, over footprints, of ``|predicted - measured| / max(measured, 1)``, in counts; footprints that
+    reach beyond the map or hold no predicted bin are left out, and ``residual_max`` of the summary is the largest over
+    genes.
 
     Raises
     ------
     KeyError
         If there is no such result, or no truth was named for a map.
     ValueError
-        If the counts are no counts, maps are on different grids or share no gene, or an argument does not fit the kind of
-        result.
+        If the counts are no counts, maps are on different grids or share no gene, or an argument does not fit the kind
+        of result.
 
     Examples
     --------
@@ -119,14 +121,15 @@ def evaluate(
     if for_maps and not is_map:
         images = ", ".join(map(repr, data.images)) if isinstance(data, SpatialData) else ""
         raise KeyError(
-            f"{', '.join(for_maps)} {'is' if len(for_maps) == 1 else 'are'} for maps, and there is no map {key!r} to score; "
-            f"sdata.images has {images or 'none'}. stgen.tl.superresolve(sdata, ..., key_added={key!r}) makes one."
+            f"{', '.join(for_maps)} {'is' if len(for_maps) == 1 else 'are'} for maps, and there is no map {key!r} to "
+            f"score; sdata.images has {images or 'none'}. stgen.tl.superresolve(sdata, ..., key_added={key!r}) makes "
+            "one."
         )
     if is_map:
         if truth_key is None:
             raise KeyError(
-                f"{key!r} is a map, and no truth to compare it with was named: pass truth_key=<map of counts on the same "
-                "grid>; stgen.pp.rasterize makes one of molecules or cells."
+                f"{key!r} is a map, and no truth to compare it with was named: pass truth_key=<map of counts on the "
+                "same grid>; stgen.pp.rasterize makes one of molecules or cells."
             )
         if truth_layer is not None:
             raise ValueError(f"`truth_layer` is for predictions in a table, and {key!r} is a map.")

@@ -98,8 +98,8 @@ def check_same_grid(sdata: SpatialData, key: str, other_key: str) -> None:
     """
     size, other_size = (tuple(get_map(sdata, name).shape[1:]) for name in (key, other_key))
     hint = (
-        "Make both on one grid: stgen.tl.superresolve(..., like=<the other map>), or stgen.pp.rasterize(..., bin_um=..., "
-        "bounds_um=...) with the same bins and bounds."
+        "Make both on one grid: stgen.tl.superresolve(..., like=<the other map>), or stgen.pp.rasterize(..., "
+        "bin_um=..., bounds_um=...) with the same bins and bounds."
     )
     if size != other_size:
         raise ValueError(
@@ -111,7 +111,8 @@ def check_same_grid(sdata: SpatialData, key: str, other_key: str) -> None:
     apart = np.abs(corners @ (matrix - np.eye(3)).T).max()
     if apart > 1e-3:
         raise ValueError(
-            f"{key!r} and {other_key!r} are not on the same grid: their corners are up to {apart:.4g} bins apart. {hint}"
+            f"{key!r} and {other_key!r} are not on the same grid: their corners are up to {apart:.4g} bins apart. "
+            f"{hint}"
         )
 
 

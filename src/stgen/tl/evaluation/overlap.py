@@ -169,9 +169,9 @@ def _moved(edges: Edges, matrix: np.ndarray) -> Edges:
 def _shares(edges: Edges, height: int, width: int) -> tuple[np.ndarray, ...]:
     """Cell, row, column and share of every bin that a cell covers in part or whole.
 
-    By Green's theorem: what an edge of height ``dy`` adds to the covered area of its row is ``-dy`` in all columns to its
-    right, and the part of it that lies to the right of the edge in its own column. Outlines are closed, so that the sums
-    over each row of a cell end at zero.
+    By Green's theorem: what an edge of height ``dy`` adds to the covered area of its row is ``-dy`` in all columns to
+    its right, and the part of it that lies to the right of the edge in its own column. Outlines are closed, so that the
+    sums over each row of a cell end at zero.
     """
     (x0, y0), (x1, y1) = edges.start.T, edges.stop.T
     edge, row = _cuts(y0, y1)  # at the lines between rows

@@ -46,10 +46,10 @@ def fit(
 ) -> Model:
     """Fit a model on one section or several.
 
-    A model of sections (``"sections"``: :class:`stgen.models.KernelRegression`) is fitted on the spots of sections and the image
-    around them. A model of locations (``model.takes == "locations"``) is fitted on tables: counts, and the histology embedding that
-    :func:`stgen.pp.embed` left there. A model of maps (``"maps"``) is fitted on fine maps, as :func:`stgen.pp.rasterize`
-    makes them, with the histology image and the low-resolution data on the same tissue.
+    A model of sections (``"sections"``: :class:`stgen.models.KernelRegression`) is fitted on the spots of sections and
+    the image around them. A model of locations (``model.takes == "locations"``) is fitted on tables: counts, and the
+    histology embedding that :func:`stgen.pp.embed` left there. A model of maps (``"maps"``) is fitted on fine maps, as
+    :func:`stgen.pp.rasterize` makes them, with the histology image and the low-resolution data on the same tissue.
 
     Parameters
     ----------
@@ -61,29 +61,30 @@ def fit(
     embedding_key, table_key, layer
         For models of locations: the embedding in ``obsm``, by default the one that :func:`stgen.pp.embed` recorded; the
         table, needed only where there are several; the layer with the counts, by default ``X``. If
-        ``f"{embedding_key}_views"`` is there too (dihedral views, ``(n, 8, D)``), models that train in steps draw a view
-        at random each time. For models of maps, ``layer`` is that of the tables that ``low_res`` names.
+        ``f"{embedding_key}_views"`` is there too (dihedral views, ``(n, 8, D)``), models that train in steps draw a
+        view at random each time. For models of maps, ``layer`` is that of the tables that ``low_res`` names.
     map_key
-        For models of maps: the fine map in ``sdata.images``, counts per bin of the model's ``bin_um``. Bins that are NaN
-        are not trained on.
+        For models of maps: the fine map in ``sdata.images``, counts per bin of the model's ``bin_um``. Bins that are
+        NaN are not trained on.
     image_key
         For models of maps and of sections: the histology image; needed only where there are several.
     low_res
-        For models of sections: the table of spots, needed only where there are several tables, or a map. For models of maps: the low-resolution data, a map in ``sdata.images`` or a table of spots in ``sdata.tables``. By
-        default the fine map itself is summed over blocks of the model's ``factor``; what was measured apart from the
-        truth, or by spots, is nearer to what the model will meet. A mapping names them section by section; sections that
-        it leaves out have none, for models that can do without.
+        For models of sections: the table of spots, needed only where there are several tables, or a map. For models of
+        maps: the low-resolution data, a map in ``sdata.images`` or a table of spots in ``sdata.tables``. By default the
+        fine map itself is summed over blocks of the model's ``factor``; what was measured apart from the truth, or by
+        spots, is nearer to what the model will meet. A mapping names them section by section; sections that it leaves
+        out have none, for models that can do without.
     labels_key
         For models that look at nuclei: their mask in ``sdata.labels``, as :func:`stgen.pp.segment_nuclei` makes it.
     prompt
         For models that take text: what the image shows, such as ``"H&E of invasive ductal carcinoma of the breast"``. A
         mapping gives one for each section.
     tile
-        For models of maps: side of the training tiles in bins; the model's own by default. Tiles are cut at many offsets
-        and turned and mirrored, map, low-resolution map and image together.
+        For models of maps: side of the training tiles in bins; the model's own by default. Tiles are cut at many
+        offsets and turned and mirrored, map, low-resolution map and image together.
     validation
-        Share of the tissue held out for early stopping, in whole spatial blocks; 0 for none. Or sections of their own, as
-        ``data`` (models of maps).
+        Share of the tissue held out for early stopping, in whole spatial blocks; 0 for none. Or sections of their own,
+        as ``data`` (models of maps).
     seed
         Random seed of the split and of the training.
     **options
@@ -101,8 +102,8 @@ def fit(
     KeyError
         If an embedding, a table, a map, an image or a gene is missing.
     ValueError
-        If counts are negative or not finite, a gene is constant, locations are too few, embeddings of the sections differ, map, image
-        and low-resolution data do not fit the model or one another, or an option cannot work, or
+        If counts are negative or not finite, a gene is constant, locations are too few, embeddings of the sections
+        differ, map, image and low-resolution data do not fit the model or one another, or an option cannot work, or
         training diverges. The model is then as it was.
 
     Examples
@@ -182,7 +183,8 @@ def _maps(
     tile = model.tile if tile is None else tile
     if isinstance(tile, bool) or not tile >= model.align or tile % model.align:
         raise ValueError(
-            f"`tile` must be a multiple of {model.align} bins, which {type(model).__name__} needs to see; found {tile!r}."
+            f"`tile` must be a multiple of {model.align} bins, which {type(model).__name__} needs to see; found "
+            f"{tile!r}."
         )
     tile = int(tile)
     model.check_window(tile, tile)

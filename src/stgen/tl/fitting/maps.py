@@ -62,8 +62,8 @@ def gather_maps(
         raise ValueError("`data` is an empty mapping; give at least one section.")
     if keys.map_key is None:
         raise ValueError(
-            f"{type(model).__name__} is fitted on maps: pass map_key=<fine map in sdata.images>. stgen.pp.rasterize(sdata, "
-            "bin_um=...) makes one from molecules or cells."
+            f"{type(model).__name__} is fitted on maps: pass map_key=<fine map in sdata.images>. "
+            "stgen.pp.rasterize(sdata, bin_um=...) makes one from molecules or cells."
         )
     check_uses(model, labels_key=keys.labels_key, prompt=keys.prompt, low_res=keys.low_res, layer=keys.layer)
     unnamed = [name for name in sections if keys.prompt_of(name) is None]
@@ -110,8 +110,8 @@ def check_uses(
         raise ValueError(f"this {name} does not look at labels; leave `labels_key` out.")
     if labels_key is None and model.needs_labels:
         raise ValueError(
-            f"this {name} looks at the nuclei: pass labels_key=<their mask in sdata.labels>. stgen.pp.segment_nuclei(sdata) "
-            f"makes one from the image; {name}(..., segmentation=False) does without."
+            f"this {name} looks at the nuclei: pass labels_key=<their mask in sdata.labels>. "
+            f"stgen.pp.segment_nuclei(sdata) makes one from the image; {name}(..., segmentation=False) does without."
         )
     if prompt is not None and not model.needs_text:
         raise ValueError(
@@ -158,8 +158,8 @@ def _section(
     low_res = keys.low_res_of(name)
     if low_res == "" and model.needs_low_res:
         raise ValueError(
-            f"`low_res` names no low-resolution data of section {name!r}, and this {type(model).__name__} cannot do without; "
-            "name them, or construct a model that can (stgen.models.C3Diff or HaDMST with p_missing > 0)."
+            f"`low_res` names no low-resolution data of section {name!r}, and this {type(model).__name__} cannot do "
+            "without; name them, or construct a model that can (stgen.models.C3Diff or HaDMST with p_missing > 0)."
         )
     counts = element.data
     if counts.nbytes <= IN_MEMORY:
@@ -190,8 +190,8 @@ def _check_factor(footprints: Footprints, low_res: str, factor: int) -> None:
     found = round(footprints.diameter)
     if footprints.shape == "square" and found != factor:
         raise ValueError(
-            f"the bins of {low_res!r} are {footprints.diameter:g} bins of the map wide and the model's factor is {factor}; "
-            f"construct it with factor={found}."
+            f"the bins of {low_res!r} are {footprints.diameter:g} bins of the map wide and the model's factor is "
+            f"{factor}; construct it with factor={found}."
         )
 
 

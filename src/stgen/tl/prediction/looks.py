@@ -23,8 +23,8 @@ def check_looks(
     name = type(model).__name__
     if not model.fitted:
         raise ValueError(
-            f"this {name} has not been fitted; call stgen.tl.fit(model, sections) first. How well a section's own spots predict "
-            "one another, stgen.tl.superresolve(sdata, ...) without a model says."
+            f"this {name} has not been fitted; call stgen.tl.fit(model, sections) first. How well a section's own "
+            "spots predict one another, stgen.tl.superresolve(sdata, ...) without a model says."
         )
     if embedding_key is not None or layer is not None:
         raise ValueError(f"{name} reads the image itself, and no counts: leave `embedding_key` and `layer` out.")
@@ -52,8 +52,8 @@ def inputs_of(section: Section, bin_um: float, px_per_bin: int, footprint_um: fl
     outside = int((~image.covers(section.xy_px)).sum())
     if outside:
         raise ValueError(
-            f"{outside} of {len(section.xy_px)} locations lie outside the image: there is nothing to look at. Leave them out, or "
-            "check coordinates and scale with stgen.pp.check_alignment."
+            f"{outside} of {len(section.xy_px)} locations lie outside the image: there is nothing to look at. Leave "
+            "them out, or check coordinates and scale with stgen.pp.check_alignment."
         )
     pixels = bin_um / image.mpp  # of a bin
     height, width = (max(1, int(np.ceil(n / pixels - 1e-6))) for n in (image.height, image.width))

@@ -71,16 +71,16 @@ def predict_expression(
         A SpatialData without a table is an H&E slide: a grid of tiles over its tissue is made and predicted.
     model
         A fitted model, a folder that ``model.save`` wrote, or a Hugging Face Hub id; a
-        :class:`stgen.models.KernelRegression` reads the image itself and needs no embedding. ``None``, or another model that is not
-        fitted, **cross-fits on the section itself**: each of ``folds`` groups of spatial blocks is predicted by a model
-        that was not fitted on it, which answers "which genes can morphology predict here?". The answer is for tissue
-        beside tissue that was measured: patches reach over the borders of blocks, and the default genes are chosen on
-        the whole section.
+        :class:`stgen.models.KernelRegression` reads the image itself and needs no embedding. ``None``, or another model
+        that is not fitted, **cross-fits on the section itself**: each of ``folds`` groups of spatial blocks is
+        predicted by a model that was not fitted on it, which answers "which genes can morphology predict here?". The
+        answer is for tissue beside tissue that was measured: patches reach over the borders of blocks, and the default
+        genes are chosen on the whole section.
     image_key, table_key, shapes_key
         Elements of ``data``; needed only where there are several.
     embedding_key
-        Embedding in ``obsm``; by default the one the model was fitted on, or when cross-fitting the one that is there. If
-        there is none, it is computed from the image: as :func:`stgen.pp.embed` did for the training tissue, or
+        Embedding in ``obsm``; by default the one the model was fitted on, or when cross-fitting the one that is there.
+        If there is none, it is computed from the image: as :func:`stgen.pp.embed` did for the training tissue, or
         ``"texture"``.
     mpp
         µm per pixel, where an embedding is to be computed and the data do not say; see :func:`stgen.pp.embed`.
@@ -124,12 +124,12 @@ def predict_expression(
       NaN for genes that the model does not predict, and ``var[key_added]`` says which it does
     - ``layers[f"{key_added}_std"]``: standard deviation of the samples (stochastic models only)
     - ``obsm[f"{key_added}_samples"]``: samples ``(n, n_samples, G)``, with ``keep_samples=True``
-    - ``obs[f"{key_added}_fold"]``, when cross-fitting: the fold of each location, from 0, categorical. Its counts, and those of
-      all others in its fold, did not enter its prediction
+    - ``obs[f"{key_added}_fold"]``, when cross-fitting: the fold of each location, from 0, categorical. Its counts, and
+      those of all others in its fold, did not enter its prediction
     - ``uns["stgen"][key_added]``: function, model, weights' hash, genes, unit, parameters, seed, version
 
-    A table that lacks some of the genes is not widened: a new table named ``key_added`` is added to the SpatialData, with
-    the prediction as ``X``.
+    A table that lacks some of the genes is not widened: a new table named ``key_added`` is added to the SpatialData,
+    with the prediction as ``X``.
 
     Raises
     ------

@@ -115,8 +115,8 @@ class Target:
                 check_new_key(self.data.shapes, tiles, overwrite=overwrite, what="sdata.shapes", ours=ours)
             if missing:
                 logger.warning(
-                    "%d of the %d genes to predict are not in %r (%s): the prediction goes into X of a table of its own, "
-                    "sdata.tables[%r]. For layers beside the counts, name genes=[...] that are in it.",
+                    "%d of the %d genes to predict are not in %r (%s): the prediction goes into X of a table of its "
+                    "own, sdata.tables[%r]. For layers beside the counts, name genes=[...] that are in it.",
                     len(missing), len(genes), self.table_key, ", ".join(missing[:5]), key,
                 )  # fmt: skip
             return False
@@ -285,7 +285,8 @@ def warn_of_resolution(found: dict[str, Any], trained: dict[str, Any]) -> None:
     here, there = max(found["image_mpp"], finest), max(trained["image_mpp"], finest)
     if max(here, there) > 1.5 * min(here, there):
         logger.warning(
-            "the embedding was read at %.3g µm per pixel and the model was fitted on one read at %.3g: morphology looks "
+            "the embedding was read at %.3g µm per pixel and the model was fitted on one read at %.3g: morphology "
+            "looks "
             "different at another resolution. Use images of similar resolution.", here, there,
         )  # fmt: skip
 

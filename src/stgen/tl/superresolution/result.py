@@ -46,8 +46,8 @@ def check_result_keys(sdata: SpatialData, key_added: str, inputs: Sequence[str],
     table = f"{key_added}{TABLE}"
     if table in sdata.tables and (table in inputs or not (overwrite and is_result(sdata, table))):
         raise ValueError(
-            f"sdata.tables[{table!r}] exists already. Pass overwrite=True to replace it, if it is a result of {FUNCTION} and none "
-            "of its inputs, or another key_added=."
+            f"sdata.tables[{table!r}] exists already. Pass overwrite=True to replace it, if it is a result of "
+            f"{FUNCTION} and none of its inputs, or another key_added=."
         )
     if table not in sdata.tables and table.lower() in others:
         raise ValueError(f"the name {others[table.lower()]!r} is taken by another element; pass another key_added=.")
@@ -55,8 +55,8 @@ def check_result_keys(sdata: SpatialData, key_added: str, inputs: Sequence[str],
         check_new_key(sdata.images, key, overwrite=overwrite, what="sdata.images")
         if key in inputs or (key in sdata.images and not is_result(sdata, key)):
             raise ValueError(
-                f"sdata.images[{key!r}] is not a result of {FUNCTION} or is one of its inputs, and is not replaced; pass "
-                "another key_added=."
+                f"sdata.images[{key!r}] is not a result of {FUNCTION} or is one of its inputs, and is not replaced; "
+                "pass another key_added=."
             )
         if key.lower() in others:
             raise ValueError(f"the name {others[key.lower()]!r} is taken by another element; pass another key_added=.")
@@ -80,8 +80,8 @@ def check_store(
     used = {key for _, key, element in sdata.gen_elements() if _reads(element, store)} - (set() if copy else replaced)
     if used or (sdata.path is not None and Path(sdata.path).absolute() == store):
         raise ValueError(
-            f"{', '.join(sorted(used)) or 'the object itself'} of `sdata` is read from {store}, which is thus not replaced; "
-            "pass another store=."
+            f"{', '.join(sorted(used)) or 'the object itself'} of `sdata` is read from {store}, which is thus not "
+            "replaced; pass another store=."
         )
     _check_replaceable(store)
     return store
@@ -173,8 +173,8 @@ class MapResult:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno,
-                f"there is no space left to make the store {self._work.store}; what was made of it is removed. Free some space, "
-                "or pass another store=",
+                f"there is no space left to make the store {self._work.store}; what was made of it is removed. Free "
+                "some space, or pass another store=",
             ) from error
 
     def _array(self, suffix: str, shape: tuple[int, ...]) -> np.ndarray | zarr.Array:

@@ -35,9 +35,9 @@ HERE, EXCHANGE = -100, 2  # of Linux: paths are relative to the current folder; 
 class WorkFolder:
     """The folder beside a store in which it is made, held by one process at a time.
 
-    It has a fixed name, ``.<store>.part``, and holds the unfinished arrays, what they are made from (``signature.json``) and
-    which windows of them are done. A lock, which ends with its process, keeps a second writer out. What a killed process left
-    is gone on from, if it was made from the same, else removed.
+    It has a fixed name, ``.<store>.part``, and holds the unfinished arrays, what they are made from
+    (``signature.json``) and which windows of them are done. A lock, which ends with its process, keeps a second writer
+    out. What a killed process left is gone on from, if it was made from the same, else removed.
 
     Parameters
     ----------
@@ -79,8 +79,8 @@ class WorkFolder:
     def _check_free(self) -> None:
         if self.store.exists() and not self.overwrite:
             raise ValueError(
-                f"the store {self.store} was made meanwhile and is not replaced. Pass overwrite=True to replace it, or another "
-                "store=."
+                f"the store {self.store} was made meanwhile and is not replaced. Pass overwrite=True to replace it, or "
+                "another store=."
             )
 
     def _found(self) -> set[str]:
@@ -141,7 +141,8 @@ class WorkFolder:
         if error is not None and not isinstance(error, Exception) and self._done:
             _unlock(self._lock)
             logger.warning(
-                "interrupted; the %d windows that are done are kept in %s: the same call goes on from them. Delete it if you do "
+                "interrupted; the %d windows that are done are kept in %s: the same call goes on from them. Delete it "
+                "if you do "
                 "not want that.", len(self._done), self.path,
             )  # fmt: skip
         else:

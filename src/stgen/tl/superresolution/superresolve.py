@@ -71,57 +71,58 @@ def superresolve(
 ) -> SpatialData | None:
     """Make gene maps finer than what was measured, from histology and low-resolution expression, for a whole section.
 
-    With a ``model`` that was fitted on high-resolution sections, at its resolution. The section is sampled window by window.
-    All windows draw on one noise field and overlap by as much as the model needs to see, so that the result depends on
-    neither ``tile`` nor ``batch_size`` beyond a small tolerance, and shows no seams.
+    With a ``model`` that was fitted on high-resolution sections, at its resolution. The section is sampled window by
+    window. All windows draw on one noise field and overlap by as much as the model needs to see, so that the result
+    depends on neither ``tile`` nor ``batch_size`` beyond a small tolerance, and shows no seams.
 
     Without one, from this section alone: its own spots and its own image, and nothing else. What places look like and
-    what was measured around them is weighed as predicts each spot best from the others (kriging with image features; see
-    the page "One section and nothing else"). It takes minutes, on a CPU, for any number of genes; which genes can be
-    predicted at all is measured, and stored beside the maps.
+    what was measured around them is weighed as predicts each spot best from the others (kriging with image features;
+    see the page "One section and nothing else"). It takes minutes, on a CPU, for any number of genes; which genes can
+    be predicted at all is measured, and stored beside the maps.
 
     Parameters
     ----------
     sdata
         Object with the image and the low-resolution data, which share a coordinate system.
     image_key
-        Histology image; ``None`` if there is one, or the model takes none. Without a model, ``None`` means that no image is
-        used.
+        Histology image; ``None`` if there is one, or the model takes none. Without a model, ``None`` means that no
+        image is used.
     genes
-        Which of the model's genes to write; without a model, which of those measured. All by default. Most models sample all
-        of their genes all the same.
+        Which of the model's genes to write; without a model, which of those measured. All by default. Most models
+        sample all of their genes all the same.
     model
         A fitted model for maps, a folder that ``model.save`` wrote, or a Hugging Face Hub id. ``None`` learns from this
-        section alone: a :class:`stgen.models.KernelRegression` is fitted to it and applied. Pass one that is not fitted to have
-        it back fitted, to be saved or applied to other sections.
+        section alone: a :class:`stgen.models.KernelRegression` is fitted to it and applied. Pass one that is not fitted
+        to have it back fitted, to be saved or applied to other sections.
     low_res
         The low-resolution data: a map in ``sdata.images`` whose bins are whole multiples of the result's
-        (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots. Without a model, by default the only
-        table; at least 30 spots, all genes of which make up the total that shares refer to.
+        (:func:`stgen.pp.degrade`), or a table in ``sdata.tables`` of counts in spots. Without a model, by default the
+        only table; at least 30 spots, all genes of which make up the total that shares refer to.
     layer
         The layer of that table with the counts; ``X`` by default.
     labels_key
         For models that look at nuclei: their mask in ``sdata.labels``, as :func:`stgen.pp.segment_nuclei` makes it.
     prompt
-        For models that take text: what the image shows; by default what the model was fitted (and validated) with, if that
-        is one prompt.
+        For models that take text: what the image shows; by default what the model was fitted (and validated) with, if
+        that is one prompt.
     bin_um
-        Side of the result's bins in µm, if you want it checked: it is the model's. Without a model, by default a fifth of
-        the spots' diameter, rounded: 10 µm for Visium.
+        Side of the result's bins in µm, if you want it checked: it is the model's. Without a model, by default a fifth
+        of the spots' diameter, rounded: 10 µm for Visium.
     factor
-        How many times finer than the map ``low_res`` the result is, if you want it checked; without a model, 5 by default.
+        How many times finer than the map ``low_res`` the result is, if you want it checked; without a model, 5 by
+        default.
     like
         A map in ``sdata.images`` whose bins the result is to have, if not those that follow from ``low_res`` or the
         image. Without ``low_res``, also what is tissue is taken from there: where the map is not NaN.
     n_samples
-        Samples drawn of every map. A deterministic model gives one; and where the expected map is a regression's, samples only
-        matter for the spread and with ``keep_samples``.
+        Samples drawn of every map. A deterministic model gives one; and where the expected map is a regression's,
+        samples only matter for the spread and with ``keep_samples``.
     steps, solver
         Sampler, see :meth:`stgen.diffusion.Diffusion.sample`. Without a model there are no steps to choose.
     consistency
-        Make samples and expected map sum to what was measured in each low-resolution bin or spot. Estimates are scaled toward
-        it at every step of the sampler, and results at the end exactly. By default with a model; without one, spots are
-        weighed against their noise instead, and ``True`` brings the result to their very counts.
+        Make samples and expected map sum to what was measured in each low-resolution bin or spot. Estimates are scaled
+        toward it at every step of the sampler, and results at the end exactly. By default with a model; without one,
+        spots are weighed against their noise instead, and ``True`` brings the result to their very counts.
     key_added
         Name of the result.
     keep_samples
@@ -133,14 +134,14 @@ def superresolve(
     seed
         Random seed.
     store
-        Path of a new SpatialData store to which the result is streamed. With a model, memory then does not grow with the section;
-        without one, the features of the whole image are held, about 600 bytes per bin. It is made in a folder beside it,
-        ``.<name>.part``, and appears when it is whole. If the process is killed or interrupted, the same call goes on from the
-        windows that are done, to the same bits; a call with anything else that matters starts anew. A second process that
-        writes to the same store is refused.
+        Path of a new SpatialData store to which the result is streamed. With a model, memory then does not grow with
+        the section; without one, the features of the whole image are held, about 600 bytes per bin. It is made in a
+        folder beside it, ``.<name>.part``, and appears when it is whole. If the process is killed or interrupted, the
+        same call goes on from the windows that are done, to the same bits; a call with anything else that matters
+        starts anew. A second process that writes to the same store is refused.
     mpp
-        µm per pixel of the image's finest level, where neither a micrometer coordinate system nor the 100 µm pitch of Visium
-        spots tells.
+        µm per pixel of the image's finest level, where neither a micrometer coordinate system nor the 100 µm pitch of
+        Visium spots tells.
     device
         ``"cpu"``, ``"cuda"``, ...; by default the best there is.
     overwrite
@@ -157,8 +158,9 @@ def superresolve(
 
     - ``sdata.images[key_added]``: the expected map, on the model's scale (log1p, say), brought back to counts: the
       regression of models that have one and diffuse what remains, else the mean of the samples
-    - ``sdata.images[f"{key_added}_std"]``: standard deviation of the samples (``n_samples > 1``, stochastic models); without a
-      model, of what kriging leaves open, which is not all that may be wrong: see ``"trusted"`` and ``"interval_90"``
+    - ``sdata.images[f"{key_added}_std"]``: standard deviation of the samples (``n_samples > 1``, stochastic models);
+      without a model, of what kriging leaves open, which is not all that may be wrong: see ``"trusted"`` and
+      ``"interval_90"``
     - ``sdata.images[f"{key_added}_samples"]``: samples, channels ``"<gene>:<number>"``, with ``keep_samples=True``
     - ``sdata.attrs["stgen"][key]`` for each: function, model, weights' hash, inputs, unit, ``"bin_um"``, parameters,
       seed, version
@@ -166,14 +168,14 @@ def superresolve(
     Without a model, also:
 
     - ``sdata.images[f"{key_added}_total"]``: expected counts per bin over all genes, by which to normalize
-    - ``sdata.tables[f"{key_added}_out_of_fold"]``: spots x genes; ``X`` are the counts that are predicted for each spot from all
-      others. ``var``: ``"score"`` (their correlation with what was measured, on ``log1p(counts / total x median total)``),
-      ``"trusted"`` (whether it is surely above 0.1: the lower end of its 95 % confidence interval), ``"from_image"`` and
-      ``"from_neighbors"`` (the shares of the variance that look and surroundings predict), ``"interval_90"`` (90 % of spots lie
-      within what is predicted of them from the others plus and minus this, on log1p(counts)) and ``"interval_90_norm"`` (on log1p(counts
-      per 10,000)), ``"mean_counts"``
-    - in ``sdata.attrs["stgen"][key_added]``: ``"kernels"``, ``"correlation_length_um"``, ``"from_image"``, ``"from_neighbors"``,
-      ``"n_spots"``, ``"n_spots_left_out"`` (without counts or off the image), ``"n_trusted"``
+    - ``sdata.tables[f"{key_added}_out_of_fold"]``: spots x genes; ``X`` are the counts that are predicted for each spot
+      from all others. ``var``: ``"score"`` (their correlation with what was measured, on ``log1p(counts / total x
+      median total)``), ``"trusted"`` (whether it is surely above 0.1: the lower end of its 95 % confidence interval),
+      ``"from_image"`` and ``"from_neighbors"`` (the shares of the variance that look and surroundings predict),
+      ``"interval_90"`` (90 % of spots lie within what is predicted of them from the others plus and minus this, on
+      log1p(counts)) and ``"interval_90_norm"`` (on log1p(counts per 10,000)), ``"mean_counts"``
+    - in ``sdata.attrs["stgen"][key_added]``: ``"kernels"``, ``"correlation_length_um"``, ``"from_image"``,
+      ``"from_neighbors"``, ``"n_spots"``, ``"n_spots_left_out"`` (without counts or off the image), ``"n_trusted"``
 
     With ``store=``, these are in the store, and ``sdata`` refers to them there without loading them.
 
@@ -187,8 +189,8 @@ def superresolve(
         If the encoder of the prompt cannot be loaded.
     ValueError
         If the model is not a fitted model for maps, or image, low-resolution data and model do not fit together, keys
-        or the store exist, another process writes to the store, or a parameter is impossible; without a model, if there are fewer than 30 spots, or two in one
-        place, or the maps do not fit in memory. Nothing is written then.
+        or the store exist, another process writes to the store, or a parameter is impossible; without a model, if there
+        are fewer than 30 spots, or two in one place, or the maps do not fit in memory. Nothing is written then.
 
     Examples
     --------
@@ -323,8 +325,8 @@ def map_maker(model: Any) -> MapMaker[Any]:
     name = type(model).__name__
     if not isinstance(model, MapMaker):
         raise ValueError(
-            f"{name} predicts the expression of locations, not maps: call stgen.tl.predict_expression(sdata, model=...), "
-            "or pass a model for maps, such as stgen.models.DiffST."
+            f"{name} predicts the expression of locations, not maps: call stgen.tl.predict_expression(sdata, "
+            "model=...), or pass a model for maps, such as stgen.models.DiffST."
         )
     if model.takes == "maps" and not model.fitted:
         raise ValueError(f"this {name} has not been fitted; call stgen.tl.fit(model, sdata, map_key=...) first.")
@@ -345,9 +347,9 @@ def _low_res(sdata: SpatialData, low_res: str | None, maker: MapMaker[Any] | Non
     if maker is not None and not own:
         if low_res is None and maker.needs_low_res:
             raise ValueError(
-                f"{type(maker).__name__} was fitted with low-resolution expression and needs it: pass low_res=<a map in "
-                f"sdata.images or a table of spots in sdata.tables>; found the images {_named(sdata.images)} and the tables "
-                f"{_named(sdata.tables)}."
+                f"{type(maker).__name__} was fitted with low-resolution expression and needs it: pass low_res=<a map "
+                f"in sdata.images or a table of spots in sdata.tables>; found the images {_named(sdata.images)} and "
+                f"the tables {_named(sdata.tables)}."
             )
         return low_res
     return spots_of(sdata, low_res)
@@ -385,8 +387,8 @@ def _text(model: MapMaker[Any], prompt: str | None) -> tuple[str | None, np.ndar
         prompt = next(iter(known))
     if prompt is None:
         raise ValueError(
-            f"this {type(model).__name__} takes a prompt and was fitted with {_named(known)}: pass prompt=<what the image "
-            "shows>."
+            f"this {type(model).__name__} takes a prompt and was fitted with {_named(known)}: pass prompt=<what the "
+            "image shows>."
         )
     prompt = check_prompt(prompt)
     vector = known.get(prompt)
@@ -400,8 +402,8 @@ def _check_factor(model: MapMaker[Any], low_res: str | None, measurement: Measur
     found = round(measurement.footprints.diameter)
     if found != model.config["factor"]:
         raise ValueError(
-            f"the model was fitted to sharpen maps {model.config['factor']} times, and the bins of {low_res!r} are {found} "
-            "times its own. Use a model fitted for this factor, or a map of that one: stgen.pp.degrade."
+            f"the model was fitted to sharpen maps {model.config['factor']} times, and the bins of {low_res!r} are "
+            f"{found} times its own. Use a model fitted for this factor, or a map of that one: stgen.pp.degrade."
         )
 
 
@@ -410,8 +412,8 @@ def _check_memory(grid: Grid, genes: list[str], n_maps: int) -> None:
     n_bytes = 4.0 * len(genes) * grid.height * grid.width * n_maps
     if n_bytes > MOST_BYTES:
         raise ValueError(
-            f"the maps of {len(genes)} genes in {grid.height} x {grid.width} bins take {n_bytes / 1e9:.0f} GB. Stream them to "
-            "disk with store=<path of a new store>, name fewer genes, or pass a larger bin_um."
+            f"the maps of {len(genes)} genes in {grid.height} x {grid.width} bins take {n_bytes / 1e9:.0f} GB. Stream "
+            "them to disk with store=<path of a new store>, name fewer genes, or pass a larger bin_um."
         )
 
 
