@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stgen._checks import check_whole
 
-__all__ = ["SCALARS", "TENSORS", "damaged", "read", "repair", "write"]
+__all__ = ["SCALARS", "TENSORS", "damaged", "read", "repair", "sha256_of", "write"]
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 SCALARS = ("step", "stale", "best_loss", "stopped", "history")
@@ -34,7 +34,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     """Hash of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -55,7 +55,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise damaged(folder / NUMBERS, error) from error
     try:
-        if tensors_sha256 not in (None, _sha256(folder / TENSORS)):
+        if tensors_sha256 not in (None, sha256_of(folder / TENSORS)):
             raise ValueError("its content is not what was written")
         return scalars, load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
@@ -68,7 +68,7 @@ def write(folder: Path, scalars: dict[str, Any], tensors: dict[str, Tensor]) -> 
     _discard(new)
     new.mkdir(parents=True)
     save_file(tensors, new / TENSORS)
-    content = {**scalars, "tensors_sha256": _sha256(new / TENSORS)}
+    content = {**scalars, "tensors_sha256": sha256_of(new / TENSORS)}
     (new / NUMBERS).write_text(json.dumps({**content, "sha256": _digest(content)}))
     if folder.exists():
         _discard(old)

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stgen._checkpoint import sha256_of
+
 __all__ = [
     "CONFIG", "WEIGHTS", "Content", "check_finite", "check_sizes", "locate", "read", "read_weights", "sizes_only", "write",
 ]  # fmt: skip
@@ -69,7 +71,7 @@ def write(folder: str | Path, name: str, content: Content, weights: Mapping[str,
         "format": FORMAT,
         "class": name,
         **content,
-        "weights": {"sha256": _sha256(new_weights), "tensors": tensors},
+        "weights": {"sha256": sha256_of(new_weights), "tensors": tensors},
     }
     new_config.write_text(json.dumps(sealed(entry), indent=1))
     for path in (new_weights, new_config):
@@ -84,7 +86,7 @@ def _finish_earlier(folder: Path) -> None:
     new = folder / f"{CONFIG}{NEW}"
     if not new.exists():
         return
-    if (folder / WEIGHTS).exists() and _weights_of(new) == _sha256(folder / WEIGHTS):
+    if (folder / WEIGHTS).exists() and _weights_of(new) == sha256_of(folder / WEIGHTS):
         os.replace(new, folder / CONFIG)
     else:
         new.unlink()
@@ -94,11 +96,6 @@ def _to_disk(path: Path) -> None:
     """Have the system write what it has only noted, so that a new name never stands for an empty file."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +144,7 @@ def read(folder: str | Path) -> tuple[str, Content]:
     weights = entry["weights"]
     found = read_shapes(folder)
     wanted = {name: (kind, tuple(shape)) for name, (kind, shape) in weights["tensors"].items()}
-    if found != wanted or _sha256(folder / WEIGHTS) != weights["sha256"]:
+    if found != wanted or sha256_of(folder / WEIGHTS) != weights["sha256"]:
         raise ValueError(
             f"the weights in {folder / WEIGHTS} do not fit {path.name} beside them, which was written with others: one "
             "of both was damaged, or comes from another model. Save the model again, or fetch both files again."
@@ -158,7 +155,7 @@ def read(folder: str | Path) -> tuple[str, Content]:
 def _config_of(folder: Path) -> Path:
     """The configuration of the weights that are there."""
     config, new, weights = folder / CONFIG, folder / f"{CONFIG}{NEW}", folder / WEIGHTS
-    if weights.is_file() and new.is_file() and _weights_of(new) == _sha256(weights):
+    if weights.is_file() and new.is_file() and _weights_of(new) == sha256_of(weights):
         return new
     missing = [path.name for path in (config, weights) if not path.is_file()]
     if missing:
