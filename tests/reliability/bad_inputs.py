@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections.abc
 import hashlib
 import inspect
-import logging
 import math
 import os
 import resource
@@ -27,7 +26,6 @@ import time
 import traceback
 import types
 import typing
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +35,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from dask.callbacks import Callback
-from small_world import World, calls
+from small_world import World, calls, quiet
 
 import stgen
 from stgen import datasets, io, models, pl, pp, tl, train
@@ -410,12 +408,8 @@ def run_all(
 
     (folder / "files").mkdir(parents=True)
     home = Path.cwd()
-    logger = logging.getLogger("stgen")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     outcomes = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         world = World(folder / "files")
         before = world.fingerprint()
         (folder / "cwd").mkdir()
@@ -431,7 +425,6 @@ def run_all(
                     before = world.fingerprint()
         finally:
             os.chdir(home)
-            logger.setLevel(level)
     return outcomes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import dask
 from kills import JOBS
+from small_world import quiet
 
 LIMIT = 200  # bytes: less than any file that is written
 
@@ -39,24 +39,23 @@ def fails_on_a_full_disk(work: Callable[[], None]) -> str:
 
 def run_all(names: tuple[str, ...] = ("save", "streaming")) -> dict[str, list[str]]:
     """What went wrong, by job: nothing may."""
-    dask.config.set(scheduler="synchronous")  # threads do not survive a fork
-    logging.getLogger("stgen").setLevel(logging.ERROR)
     found = {}
-    for name in names:
-        job, wrong = JOBS[name](), []
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            job.begin(folder)
-            before = job.state(folder)
-            said = fails_on_a_full_disk(lambda job=job, folder=folder: job.work(folder))
-            if said == "no error":
-                wrong.append("a full disk is no error")
-            if job.state(folder) != before:
-                wrong.append(f"{job.state(folder)} instead of {before} after: {said}")
-            job.work(folder)  # there is space again
-            if job.state(folder) in (before, "nothing"):
-                wrong.append(f"the same call does not work afterwards, after: {said}")
-        found[name] = wrong
+    with dask.config.set(scheduler="synchronous"), quiet():  # threads do not survive a fork
+        for name in names:
+            job, wrong = JOBS[name](), []
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place)
+                job.begin(folder)
+                before = job.state(folder)
+                said = fails_on_a_full_disk(lambda job=job, folder=folder: job.work(folder))
+                if said == "no error":
+                    wrong.append("a full disk is no error")
+                if job.state(folder) != before:
+                    wrong.append(f"{job.state(folder)} instead of {before} after: {said}")
+                job.work(folder)  # there is space again
+                if job.state(folder) in (before, "nothing"):
+                    wrong.append(f"the same call does not work afterwards, after: {said}")
+            found[name] = wrong
     return found
 
 

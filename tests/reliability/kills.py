@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -17,7 +16,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ import dask
 import numpy as np
 import torch
 from damaged_folders import model_of
-from small_world import FACTOR, fingerprint_of_model
+from small_world import FACTOR, fingerprint_of_model, quiet
 
 from stgen import datasets, models, pp, tl
 from stgen.data import SpotData
@@ -312,11 +310,9 @@ def run_all(
     n: int, report: Callable[[Outcome], None] = lambda outcome: None, names: tuple[str, ...] = tuple(JOBS)
 ) -> list[Outcome]:
     """Kill every job ``n`` times."""
-    logging.getLogger("stgen").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     outcomes = []
-    with tempfile.TemporaryDirectory() as folder, dask.config.set(scheduler="synchronous"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, dask.config.set(scheduler="synchronous"), quiet():
         for name in names:
             outcomes += run(name, n, Path(folder), report)
     return outcomes

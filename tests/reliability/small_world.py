@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import spatialdata
-import torch
 from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
@@ -235,11 +235,15 @@ UNABLE = ("datasets.her2st", "datasets.mouse_olfactory_bulb", "datasets.xenium_p
 """Functions whose valid call needs files that nobody may give away: only their refusals are tried."""
 
 
-def torch_is_quiet() -> None:
-    """One thread: these models are so small that a second costs more than it brings."""
-    torch.set_num_threads(1)
-
-
-def as_json(value: Any) -> str:
-    """A value for a report."""
-    return json.dumps(value, default=repr)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither warnings nor what stgen logs below an error."""
+    logger = logging.getLogger("stgen")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
